@@ -1,0 +1,335 @@
+// log-probabilities, entropy and KL of rows of logits that already exist, on torch's stable ABI.
+//
+// logits_stats_cuda   one block a row, one pass: 16-byte loads, the state of perl_kernels/_softmax.py
+//                     kept per thread in registers, merged over the block at the end.
+//                     Bytes: each logit read once.
+// logits_grad_cuda    one block a row: each logit read once, each gradient written once.
+//
+// Letters: N rows, V columns; m, l, u, d, mq, lq as in perl_kernels/_softmax.py.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cfloat>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+
+// 16 bytes of logits.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int SIZE = 16 / sizeof(T);
+  T value[SIZE];
+};
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// z = softcap * tanh(raw / softcap) / temperature; softcap 0 means none.
+struct Transform {
+  float inverse_temperature, softcap;
+  __device__ float operator()(float raw) const {
+    if (softcap > 0.f) raw = softcap * tanhf(raw / softcap);
+    return raw * inverse_temperature;
+  }
+  __device__ float slope(float z) const {
+    if (softcap == 0.f) return inverse_temperature;
+    float t = z / (softcap * inverse_temperature);
+    return (1.f - t * t) * inverse_temperature;
+  }
+};
+
+struct State {
+  float m = -FLT_MAX, l = 0.f, u = 0.f, mq = -FLT_MAX, lq = 0.f, d = 0.f;
+
+  __device__ void merge(const State& other) {
+    float m_new = fmaxf(m, other.m);
+    // A side that has seen nothing but -inf has l = 0 and no say.
+    float ours = l > 0.f ? expf(m - m_new) : 0.f;
+    float theirs = other.l > 0.f ? expf(other.m - m_new) : 0.f;
+    u = (l > 0.f ? (u + l * (m - m_new)) * ours : 0.f) +
+        (other.l > 0.f ? (other.u + other.l * (other.m - m_new)) * theirs : 0.f);
+    l = l * ours + other.l * theirs;
+    d = d * ours + other.d * theirs;
+    m = m_new;
+    float mq_new = fmaxf(mq, other.mq);
+    lq = (lq > 0.f ? lq * expf(mq - mq_new) : 0.f) +
+         (other.lq > 0.f ? other.lq * expf(other.mq - mq_new) : 0.f);
+    mq = mq_new;
+  }
+
+  // Fold SIZE logits at once: one rescaling for all of them.
+  template <bool HAS_REF, int SIZE>
+  __device__ void fold(const float (&z)[SIZE], const float (&zq)[SIZE]) {
+    State tile;
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      tile.m = fmaxf(tile.m, z[i]);
+      if (HAS_REF) tile.mq = fmaxf(tile.mq, zq[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      float centred = z[i] - tile.m, e = expf(centred);
+      tile.l += e;
+      if (e > 0.f) {
+        tile.u += e * centred;
+        if (HAS_REF) tile.d += e * (z[i] - zq[i]);
+      }
+      if (HAS_REF) tile.lq += expf(zq[i] - tile.mq);
+    }
+    merge(tile);
+  }
+};
+
+__device__ State shuffled(const State& s, int lane_mask) {
+  State o;
+  o.m = __shfl_xor_sync(0xffffffff, s.m, lane_mask);
+  o.l = __shfl_xor_sync(0xffffffff, s.l, lane_mask);
+  o.u = __shfl_xor_sync(0xffffffff, s.u, lane_mask);
+  o.mq = __shfl_xor_sync(0xffffffff, s.mq, lane_mask);
+  o.lq = __shfl_xor_sync(0xffffffff, s.lq, lane_mask);
+  o.d = __shfl_xor_sync(0xffffffff, s.d, lane_mask);
+  return o;
+}
+
+template <typename T, bool HAS_REF>
+__global__ void __launch_bounds__(THREADS) logits_stats_kernel(
+    const T* __restrict__ logits,        // (N, V)
+    const int64_t* __restrict__ target,  // (N,) or null
+    const T* __restrict__ ref_logits,    // (N, V) when HAS_REF
+    float* __restrict__ log_prob, float* __restrict__ peak, float* __restrict__ log_sum,
+    float* __restrict__ entropy, float* __restrict__ ref_log_prob, float* __restrict__ gap,
+    float* __restrict__ kl, int64_t columns, Transform transform, int64_t ignore_index) {
+  const int64_t row = blockIdx.x;
+  const int64_t wanted = target ? target[row] : 0;
+  const bool counted = !target || wanted != ignore_index;
+  State state;
+  if (counted) {
+    const T* z_row = logits + row * columns;
+    const T* q_row = HAS_REF ? ref_logits + row * columns : nullptr;
+    constexpr int SIZE = Pack<T>::SIZE;
+    // Rows of an odd V start off a 16-byte boundary: then element by element.
+    const bool wide = columns % SIZE == 0;
+    const int64_t packs = wide ? columns / SIZE : 0;
+    for (int64_t i = threadIdx.x; i < packs; i += THREADS) {
+      float z[SIZE], zq[SIZE];
+      const Pack<T> p = reinterpret_cast<const Pack<T>*>(z_row)[i];
+#pragma unroll
+      for (int j = 0; j < SIZE; ++j) z[j] = transform(to_float(p.value[j]));
+      if (HAS_REF) {
+        const Pack<T> q = reinterpret_cast<const Pack<T>*>(q_row)[i];
+#pragma unroll
+        for (int j = 0; j < SIZE; ++j) zq[j] = transform(to_float(q.value[j]));
+      }
+      state.fold<HAS_REF>(z, zq);
+    }
+    for (int64_t i = packs * SIZE + threadIdx.x; i < columns; i += THREADS) {
+      float z[1] = {transform(to_float(z_row[i]))}, zq[1] = {0.f};
+      if (HAS_REF) zq[0] = transform(to_float(q_row[i]));
+      state.fold<HAS_REF>(z, zq);
+    }
+  }
+  for (int mask = 16; mask > 0; mask /= 2) state.merge(shuffled(state, mask));
+  __shared__ State of_warp[WARPS];
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = state;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < WARPS; ++w) state.merge(of_warp[w]);
+  const float log_l = counted ? logf(state.l) : 0.f;
+  const float log_lq = HAS_REF && counted ? logf(state.lq) : 0.f;
+  const float mean_gap = HAS_REF && counted ? state.d / state.l : 0.f;
+  peak[row] = counted ? state.m : 0.f;
+  log_sum[row] = log_l;
+  entropy[row] = counted ? log_l - state.u / state.l : 0.f;
+  if (HAS_REF) {
+    gap[row] = mean_gap;
+    kl[row] = counted ? mean_gap - (state.m - state.mq) - (log_l - log_lq) : 0.f;
+  }
+  if (target) {
+    const int64_t at = row * columns + wanted;
+    log_prob[row] = counted ? transform(to_float(logits[at])) - state.m - log_l : 0.f;
+    if (HAS_REF) {
+      ref_log_prob[row] = counted ? transform(to_float(ref_logits[at])) - state.mq - log_lq : 0.f;
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS) logits_grad_kernel(
+    const T* __restrict__ logits, const int64_t* __restrict__ target,
+    const T* __restrict__ ref_logits, const float* __restrict__ peak,
+    const float* __restrict__ log_sum, const float* __restrict__ entropy,
+    const float* __restrict__ gap, const float* __restrict__ d_log_prob,
+    const float* __restrict__ d_entropy, const float* __restrict__ d_kl, T* __restrict__ dlogits,
+    int64_t columns, Transform transform, int64_t ignore_index) {
+  const int64_t row = blockIdx.x;
+  const int64_t wanted = target ? target[row] : -1;
+  const bool counted = !target || wanted != ignore_index;
+  const float dl = d_log_prob && counted ? d_log_prob[row] : 0.f;
+  const float de = d_entropy && counted ? d_entropy[row] : 0.f;
+  const float dk = d_kl && counted ? d_kl[row] : 0.f;
+  const float m = peak[row], log_l = log_sum[row], h = entropy[row];
+  const float mean_gap = d_kl ? gap[row] : 0.f;
+  const T* z_row = logits + row * columns;
+  const T* q_row = d_kl ? ref_logits + row * columns : nullptr;
+  T* out = dlogits + row * columns;
+
+  auto gradient = [&](float raw, float raw_q, int64_t column) {
+    if (!counted) return 0.f;
+    const float z = transform(raw), log_p = z - m - log_l, p = expf(log_p);
+    float dz = dl != 0.f && column == wanted ? dl : 0.f;
+    if (p > 0.f) {
+      float slope = -dl - de * (log_p + h);
+      if (q_row) slope += dk * (z - transform(raw_q) - mean_gap);
+      dz += p * slope;
+    }
+    return dz * transform.slope(z);
+  };
+
+  constexpr int SIZE = Pack<T>::SIZE;
+  const int64_t packs = columns % SIZE == 0 ? columns / SIZE : 0;
+  for (int64_t i = threadIdx.x; i < packs; i += THREADS) {
+    const Pack<T> z = reinterpret_cast<const Pack<T>*>(z_row)[i];
+    Pack<T> q{}, result;
+    if (q_row) q = reinterpret_cast<const Pack<T>*>(q_row)[i];
+#pragma unroll
+    for (int j = 0; j < SIZE; ++j) {
+      result.value[j] =
+          from_float<T>(gradient(to_float(z.value[j]), to_float(q.value[j]), i * SIZE + j));
+    }
+    reinterpret_cast<Pack<T>*>(out)[i] = result;
+  }
+  for (int64_t i = packs * SIZE + threadIdx.x; i < columns; i += THREADS) {
+    const float raw_q = q_row ? to_float(q_row[i]) : 0.f;
+    out[i] = from_float<T>(gradient(to_float(z_row[i]), raw_q, i));
+  }
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  STD_TORCH_CHECK(status == cudaSuccess, kernel, ": ", cudaGetErrorString(status));
+}
+
+// Contiguous, and so aligned that 16-byte loads are allowed.
+Tensor dense(const Tensor& tensor) {
+  Tensor made = torch::stable::contiguous(tensor);
+  if (reinterpret_cast<uintptr_t>(made.data_ptr()) % 16 != 0) made = torch::stable::clone(made);
+  return made;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
+}
+
+template <typename T>
+T* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+template <typename Run>
+void for_dtype(const Tensor& logits, Run run) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::Half: return run(__half{});
+    case ScalarType::BFloat16: return run(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, "logits: wanted float32, float16 or bfloat16");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logits_stats_cuda(
+    Tensor logits, std::optional<Tensor> target, std::optional<Tensor> ref_logits,
+    double temperature, double softcap, int64_t ignore_index) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  logits = dense(logits);
+  target = dense(target);
+  ref_logits = dense(ref_logits);
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  auto column = [&](bool asked) {
+    return torch::stable::new_empty(logits, {asked ? rows : 0}, ScalarType::Float);
+  };
+  const bool has_target = target.has_value(), has_ref = ref_logits.has_value();
+  Tensor log_prob = column(has_target), peak = column(true), log_sum = column(true),
+         entropy = column(true), ref_log_prob = column(has_target && has_ref),
+         gap = column(has_ref), kl = column(has_ref);
+  if (rows > 0) {
+    const Transform transform{static_cast<float>(1.0 / temperature), static_cast<float>(softcap)};
+    auto number = [](Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+    for_dtype(logits, [&](auto element) {
+      using T = decltype(element);
+      auto kernel = has_ref ? logits_stats_kernel<T, true> : logits_stats_kernel<T, false>;
+      kernel<<<rows, THREADS, 0, current_stream(logits)>>>(
+          static_cast<const T*>(logits.data_ptr()), pointer<int64_t>(target),
+          pointer<T>(ref_logits), number(log_prob), number(peak), number(log_sum),
+          number(entropy), number(ref_log_prob), number(gap), number(kl), columns, transform,
+          ignore_index);
+    });
+    check_launch("logits_stats");
+  }
+  return {log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl};
+}
+
+Tensor logits_grad_cuda(
+    Tensor logits, std::optional<Tensor> target, std::optional<Tensor> ref_logits, Tensor peak,
+    Tensor log_sum, Tensor entropy, Tensor gap, std::optional<Tensor> d_log_prob,
+    std::optional<Tensor> d_entropy, std::optional<Tensor> d_kl, double temperature,
+    double softcap, int64_t ignore_index) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  logits = dense(logits);
+  target = dense(target);
+  ref_logits = dense(ref_logits);
+  d_log_prob = dense(d_log_prob);
+  d_entropy = dense(d_entropy);
+  d_kl = dense(d_kl);
+  Tensor dlogits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  if (logits.size(0) > 0) {
+    const Transform transform{static_cast<float>(1.0 / temperature), static_cast<float>(softcap)};
+    auto number = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
+    for_dtype(logits, [&](auto element) {
+      using T = decltype(element);
+      logits_grad_kernel<T><<<logits.size(0), THREADS, 0, current_stream(logits)>>>(
+          static_cast<const T*>(logits.data_ptr()), pointer<int64_t>(target),
+          pointer<T>(ref_logits), number(peak), number(log_sum), number(entropy), number(gap),
+          pointer<float>(d_log_prob), pointer<float>(d_entropy), pointer<float>(d_kl),
+          static_cast<T*>(dlogits.data_ptr()), logits.size(1), transform, ignore_index);
+    });
+    check_launch("logits_grad");
+  }
+  return dlogits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(perl_kernels, CUDA, m) {
+  m.impl("logits_stats_cuda", TORCH_BOX(&logits_stats_cuda));
+  m.impl("logits_grad_cuda", TORCH_BOX(&logits_grad_cuda));
+}

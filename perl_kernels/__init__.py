@@ -1,0 +1,53 @@
+"""Fused kernels for LoRA fine-tuning and RLHF: LoRA layers, log-probabilities, KL, policy loss.
+
+    import perl_kernels as pk
+    model = pk.apply_lora(model, pk.LoRAConfig(r=16))       # or pk.accelerate_peft(peft_model)
+    loss = pk.policy_loss(hidden, model.lm_head.weight, target, advantage).loss
+
+CPU kernels are C++ (csrc/cpu), GPU kernels are Triton; plain torch runs where neither exists.
+`pk.show_config()` prints which.
+"""
+
+from ._library import show_config, use_backend
+from .adapters import (
+    LoRAConfig,
+    adapter_names,
+    adapter_parameters,
+    apply_lora,
+    disable_adapters,
+    merge_lora,
+    set_adapter,
+    unload_lora,
+    unmerge_lora,
+)
+from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
+from .layers import LoRALinear
+from .log_prob import kl, log_prob
+from .lora_linear import lora_linear
+from .peft import accelerate_peft, load_adapter, save_adapter
+
+__all__ = [
+    "LinearKL",
+    "LoRAConfig",
+    "LoRALinear",
+    "PolicyLoss",
+    "accelerate_peft",
+    "adapter_names",
+    "adapter_parameters",
+    "apply_lora",
+    "disable_adapters",
+    "kl",
+    "linear_kl",
+    "linear_log_prob",
+    "load_adapter",
+    "log_prob",
+    "lora_linear",
+    "merge_lora",
+    "policy_loss",
+    "save_adapter",
+    "set_adapter",
+    "show_config",
+    "unload_lora",
+    "unmerge_lora",
+    "use_backend",
+]

@@ -1,0 +1,63 @@
+"""Checks that every public function makes before a kernel runs, and the autocast cast.
+
+Each error names the argument, what was given and what is wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "(" + ", ".join(str(n) for n in tensor.shape) + ("," if tensor.ndim == 1 else "") + ")"
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; wanted a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} is {tensor.dtype}; wanted float32, bfloat16, float16 or float64 (reference)"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], letters: str) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; wanted {letters} = {wanted}")
+
+
+def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device and dtype."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and {other_name} on {other.device}; "
+            "move them to one device"
+        )
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype} and {other_name} {other.dtype}; cast one of them"
+        )
+
+
+def check_range(name: str, value: float, low: float, high: float, wanted: str) -> None:
+    """low <= value < high; NaN fails."""
+    if not low <= value < high:
+        raise ValueError(f"{name} is {value}; wanted {wanted}")
+
+
+def check_constant(name: str, tensor: Tensor | None, why: str) -> None:
+    """Refuse a gradient that the op does not have, rather than drop it in silence."""
+    if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, and {why}; pass {name}.detach()")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, the tensors in its dtype, as torch's own matrix products take them."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None else None for t in tensors)

@@ -1,0 +1,199 @@
+"""The home of the op schemas, and the answer to "which implementation runs this tensor?".
+
+Schemas live in the `perl_kernels` namespace of the torch dispatcher; implementations register from
+Python or from a compiled extension. Each op is one Python body for every device that asks
+`backend_of(tensor)` and calls the kernel of that backend, so the choice happens inside the op and
+`torch.compile` sees a single node.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "perl_kernels"
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+_DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+library = torch.library.Library(NAMESPACE, "DEF")
+_chosen = "auto"
+
+
+def define(schema: str) -> None:
+    """Add one op schema, e.g. `scaled(Tensor x, float scale) -> Tensor`."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def define_compiled(name: str, *backends: str) -> None:
+    """Give op `name` a twin for each compiled extension: same arguments, `_cpu` or `_cuda` behind."""
+    schema = str(getattr(torch.ops.perl_kernels, name).default._schema)
+    for backend in backends:
+        define(schema.replace(f"{NAMESPACE}::{name}", f"{name}_{backend}"))
+
+
+def implement(
+    name: str,
+    body: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Register an op's body (every device), its fake (shapes only) and its autograd formula."""
+    library.impl(name, body, "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=library
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# Which backends exist here
+# ------------------------------------------------------------------------------------------------
+
+
+def _load_extension(stem: str) -> str:
+    """Load `perl_kernels/<stem>*.so`. Returns "" when loaded, else why it is not there."""
+    folder = Path(__file__).parent
+    files = sorted([*folder.glob(f"{stem}.*so"), *folder.glob(f"{stem}.*pyd")])
+    if not files:
+        return "not compiled: install with a C++ compiler, `pip install --no-build-isolation .`"
+    stamp = folder / f"{stem}.json"
+    built = json.loads(stamp.read_text())["torch"] if stamp.exists() else "unknown"
+    if built.split("+")[0] != torch.__version__.split("+")[0]:
+        return (
+            f"compiled for torch {built}, this is {torch.__version__}: install this package again"
+        )
+    try:
+        torch.ops.load_library(str(files[0]))
+    except OSError as error:
+        return f"{files[0].name} does not load: {error}"
+    return ""
+
+
+def triton_interpreted() -> bool:
+    """True when Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton`"
+    if not torch.cuda.is_available() and not triton_interpreted():
+        return "no GPU is visible to torch"
+    return ""
+
+
+missing: dict[str, str] = {
+    "cpu": _load_extension("_cpu"),
+    "triton": _why_no_triton(),
+    "cuda": _load_extension("_cuda") if torch.cuda.is_available() else "no GPU is visible to torch",
+}
+_warned = False
+
+
+def _say_once_what_is_missing(device: str) -> None:
+    global _warned
+    backend = "cpu" if device == "cpu" else "triton"
+    if _warned or not missing[backend]:
+        return
+    _warned = True
+    warnings.warn(
+        f"perl_kernels runs plain torch on {device}, slower: {backend} backend: {missing[backend]}",
+        stacklevel=3,
+    )
+
+
+class use_backend:  # noqa: N801 - a function to its callers, usable as a context manager
+    """Choose the implementation of every op: `pk.use_backend("reference")`.
+
+    Args:
+        name: "auto" (the default: compiled C++ on CPU, Triton on GPU, plain torch where neither
+            exists), "reference" (plain torch everywhere), "cpu", "triton", or "cuda" (CUDA C++
+            where a room has it, Triton in the others). A forced backend holds for tensors on its
+            device; others follow "auto".
+
+    Takes effect at once, for all threads; as a context manager it is undone on exit.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: that backend does not exist here; says what is missing.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        if name not in BACKENDS:
+            raise ValueError(f"backend is {name!r}; wanted one of {', '.join(BACKENDS)}")
+        if missing.get(name):
+            raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
+        self._previous, _chosen = _chosen, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def backend_of(tensor: Tensor) -> str:
+    """The backend that runs an op on this tensor: "reference", "cpu", "triton" or "cuda"."""
+    if _chosen == "reference" or tensor.dtype not in _KERNEL_DTYPES:
+        return "reference"
+    device = tensor.device.type
+    if _chosen == "triton" and (device == "cuda" or triton_interpreted()):
+        return "triton"
+    if _DEVICE_OF_BACKEND.get(_chosen) == device:
+        return _chosen
+    automatic = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if automatic is not None and not missing[automatic]:
+        return automatic
+    _say_once_what_is_missing(device)
+    return "reference"
+
+
+def cpu_capability() -> str:
+    """Instruction set the compiled CPU kernels use ("AVX2", "AVX512", ...); "" without them."""
+    return "" if missing["cpu"] else torch.ops.perl_kernels.cpu_capability()
+
+
+def show_config() -> None:
+    """Print versions, backends with what is missing, CPU instruction sets, and devices."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("perl-kernels", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
+    print("versions   " + " · ".join(f"{p} {version_of(p)}" for p in packages))
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    print(f"backend    {_chosen} (chosen)")
+    for name, why in missing.items():
+        print(f"  {name:<8} {why or 'ready'}")
+    ours = f", compiled kernels use {cpu_capability()}" if cpu_capability() else ""
+    print(
+        f"cpu        torch uses {torch.backends.cpu.get_cpu_capability()}{ours}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = gpu.total_memory / 2**30
+        print(f"cuda:{i}     {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB")
+    if not torch.cuda.is_available():
+        print("cuda       no device")
+
+
+define("cpu_capability() -> str")

@@ -1,0 +1,245 @@
+"""What a language-model head says about its rows, without ever writing the [N, V] logits.
+
+Replaces, with z = softcap * tanh((hidden weight^T + bias) / softcap) / temperature,
+
+    linear_log_prob   log_softmax(z.float(), -1).gather(-1, target), and the entropy of softmax(z)
+    linear_kl         kl_div between softmax(z) and the softmax of a reference's hidden states
+    policy_loss       mean(-advantage * log_prob + kl_coef * kl), with its gradient
+
+One sweep over tiles of the vocabulary keeps a few float32 numbers a row (see `_softmax`): logits
+tiles are never rounded to bfloat16 before the log-sum-exp. The gradient, for incoming per-row
+gradients of log_prob, entropy and kl, is
+
+    dz_j    = d_log_prob ([j = target] - p_j) - d_entropy p_j (log p_j + entropy)
+              + d_kl p_j ((z - z_ref)_j - E_p[z - z_ref])
+    dhidden = dz weight        dweight = dz^T hidden (only when weight requires grad)
+
+Saved for backward: hidden, and four numbers a row (the largest logit, log of the sum, entropy, and
+with a reference E_p[z - z_ref]); the sweep is repeated in backward. policy_loss knows its
+coefficients before the loss, makes dhidden in the forward call and saves only that.
+
+Rows whose target is ignore_index give 0 everywhere and no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._arguments import (
+    autocast,
+    check_alike,
+    check_constant,
+    check_float,
+    check_range,
+    check_shape,
+)
+from . import op as _op  # noqa: F401 - registers the ops
+
+__all__ = ["LinearKL", "PolicyLoss", "linear_kl", "linear_log_prob", "policy_loss"]
+
+
+class LinearKL(NamedTuple):
+    """What linear_kl returns, each (...,) float32."""
+
+    kl: Tensor
+    log_prob: Tensor | None  # None without target
+    ref_log_prob: Tensor | None  # None without target; has no gradient
+    entropy: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """What policy_loss returns: the scalar to call backward on, and per-token facts to log."""
+
+    loss: Tensor  # () float32
+    log_prob: Tensor  # (...,) float32, no gradient
+    kl: Tensor | None  # (...,) float32, no gradient; None without ref_hidden
+    entropy: Tensor  # (...,) float32, no gradient
+
+
+def linear_log_prob(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (...,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(z)[target] of each row, in nats.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16, or float64 (which runs on the reference).
+        weight: (V, H) in hidden's dtype. Its gradient is computed only when it requires one.
+        target: (...,) int64 classes in [0, V), or ignore_index. Checked on CPU; on a GPU a class
+            out of range is undefined, since checking would wait for the device.
+        bias: (V,). temperature: > 0. softcap: > 0 or None, as in Gemma 2's final logits.
+        return_entropy: also return the entropy of softmax(z), in nats.
+
+    Returns:
+        (...,) float32 (float64 for float64), or the pair (log_prob, entropy).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or range is wrong.
+    """
+    hidden, weight, bias, _, flat_target, lead = _flatten(
+        hidden, weight, bias, None, target, temperature, softcap
+    )
+    log_prob, _, _, entropy, *_ = torch.ops.perl_kernels.head_stats(
+        hidden, weight, bias, flat_target, None, temperature, softcap or 0.0, ignore_index
+    )
+    if return_entropy:
+        return log_prob.view(lead), entropy.view(lead)
+    return log_prob.view(lead)
+
+
+def linear_kl(
+    hidden: Tensor,  # (..., H)
+    ref_hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor | None = None,  # (...,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> LinearKL:
+    """Exact KL(softmax(z) || softmax(z_ref)) of each row over the whole vocabulary, in nats.
+
+    Both share the head: z from hidden, z_ref from ref_hidden; the gradient goes to hidden only.
+    Arguments as in linear_log_prob; without target every row counts and log_prob is None.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or range is wrong; ref_hidden, weight or bias
+            requires grad (a head that both sides share has no one-sided gradient).
+    """
+    check_constant("ref_hidden", ref_hidden, "the reference is a constant here")
+    check_constant("weight", weight, "linear_kl has gradients for hidden only")
+    check_constant("bias", bias, "linear_kl has gradients for hidden only")
+    hidden, weight, bias, ref_hidden, flat_target, lead = _flatten(
+        hidden, weight, bias, ref_hidden, target, temperature, softcap
+    )
+    log_prob, _, _, entropy, ref_log_prob, _, kl = torch.ops.perl_kernels.head_stats(
+        hidden, weight, bias, flat_target, ref_hidden, temperature, softcap or 0.0, ignore_index
+    )
+    return LinearKL(
+        kl=kl.view(lead),
+        log_prob=None if target is None else log_prob.view(lead),
+        ref_log_prob=None if target is None else ref_log_prob.view(lead),
+        entropy=entropy.view(lead),
+    )
+
+
+def policy_loss(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (...,)
+    advantage: Tensor,  # (...,)
+    *,
+    ref_hidden: Tensor | None = None,  # (..., H)
+    kl_coef: float = 0.0,
+    mask: Tensor | None = None,  # (...,)
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> PolicyLoss:
+    """The REINFORCE loss of sampled tokens: reduce(-advantage * log_prob + kl_coef * kl).
+
+    The coefficient of each log-probability is known before the loss, so dhidden is made in this
+    call; backward only multiplies it by the incoming scalar. kl is the exact KL to the reference
+    over the whole vocabulary, per token.
+
+    Args:
+        hidden, weight, target, bias, temperature, softcap, ignore_index: as in linear_log_prob.
+        advantage: (...,) return minus baseline, a constant.
+        ref_hidden: (..., H) the reference policy's hidden states, a constant; needed for kl_coef.
+        mask: (...,) bool or integer, nonzero where a token counts; the others give 0 everywhere.
+        reduction: "mean" over the tokens that count, or "sum".
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or range is wrong; advantage or ref_hidden
+            requires grad; kl_coef without ref_hidden; ref_hidden with a trainable weight.
+
+    Source: Williams, "Simple statistical gradient-following algorithms", 1992; with the KL term
+    as in PE-RLHF (arXiv 2403.10704).
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; wanted 'mean' or 'sum'")
+    if kl_coef != 0.0 and ref_hidden is None:
+        raise ValueError(f"kl_coef is {kl_coef} and there is no ref_hidden to measure the KL from")
+    check_constant("advantage", advantage, "policy_loss takes it as a constant")
+    if ref_hidden is not None:
+        check_constant("ref_hidden", ref_hidden, "the reference is a constant here")
+        check_constant("weight", weight, "with ref_hidden, policy_loss has gradients for hidden")
+        check_constant("bias", bias, "with ref_hidden, policy_loss has gradients for hidden")
+    check_shape("advantage", advantage, tuple(target.shape), "target's shape")
+    if mask is not None:
+        check_shape("mask", mask, tuple(target.shape), "target's shape")
+        if mask.is_floating_point():
+            raise TypeError(f"mask is {mask.dtype}; wanted bool or integer (weigh the advantage)")
+        target = target.where(mask.bool(), ignore_index)
+    hidden, weight, bias, ref_hidden, flat_target, lead = _flatten(
+        hidden, weight, bias, ref_hidden, target, temperature, softcap
+    )
+    grad = torch.is_grad_enabled()
+    loss, log_prob, kl, entropy, *_ = torch.ops.perl_kernels.policy_loss(
+        hidden, weight, bias, flat_target,
+        advantage.reshape(-1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
+        ref_hidden, float(kl_coef), temperature, softcap or 0.0, ignore_index, reduction == "mean",
+        grad and hidden.requires_grad, grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    )  # fmt: skip
+    return PolicyLoss(
+        loss=loss,
+        log_prob=log_prob.view(lead),
+        kl=None if ref_hidden is None else kl.view(lead),
+        entropy=entropy.view(lead),
+    )
+
+
+def _flatten(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    target: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, torch.Size]:
+    """Check what the three faces share, and flatten rows to (N, H)."""
+    check_float("hidden", hidden)
+    check_float("weight", weight)
+    hidden, weight, bias, ref_hidden = autocast(hidden, weight, bias, ref_hidden)
+    if weight.ndim != 2:
+        raise ValueError(f"weight has {weight.ndim} dimensions; wanted (V, H)")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has {hidden.shape[-1] if hidden.ndim else 0} features; "
+            f"wanted {weight.shape[1]}, as weight (V, H) has"
+        )
+    check_alike("weight", weight, "hidden", hidden)
+    if weight.shape[0] == 0:
+        raise ValueError("weight has 0 rows; wanted a vocabulary of at least 1")
+    lead = hidden.shape[:-1]
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "(V,)")
+        check_alike("bias", bias, "hidden", hidden)
+    if ref_hidden is not None:
+        check_shape("ref_hidden", ref_hidden, tuple(hidden.shape), "hidden's shape")
+        check_alike("ref_hidden", ref_hidden, "hidden", hidden)
+        ref_hidden = ref_hidden.reshape(-1, hidden.shape[-1])
+    if target is not None:
+        if target.dtype != torch.int64:
+            raise TypeError(f"target is {target.dtype}; wanted torch.int64")
+        check_shape("target", target, tuple(lead), "hidden's leading shape")
+        target = target.reshape(-1)
+    check_range("temperature", temperature, torch.finfo(torch.float32).tiny, float("inf"), "> 0")
+    if softcap is not None:
+        check_range("softcap", softcap, torch.finfo(torch.float32).tiny, float("inf"), "> 0")
+    return hidden.reshape(-1, hidden.shape[-1]), weight, bias, ref_hidden, target, lead

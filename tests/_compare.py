@@ -1,0 +1,65 @@
+"""The law every kernel is held to: no less exact than plain torch in the same dtype.
+
+`check_law(ours, plain, exact)` holds two computations of one thing against a float64 one:
+
+    ||ours - exact|| / ||exact||  <=  1.1 * ||plain - exact|| / ||exact||  +  a tiny floor
+
+and, so that one wrong element among many cannot hide in a norm, the largest difference of ours is
+at most twice the largest of plain torch's plus a few roundings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Plain torch may be exact by luck on a tiny tensor. float32 errors are those of the order of
+# summation, a couple of roundings; in 16 bits the rounding of the result itself rules.
+FLOOR = {
+    torch.float32: 2 * torch.finfo(torch.float32).eps,
+    torch.float16: torch.finfo(torch.float16).eps / 4,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
+}
+
+
+def errors(value: Tensor, exact: Tensor, scale: float | None = None) -> tuple[float, float]:
+    """RMS and largest difference, over `scale`: the RMS of exact unless given."""
+    assert value.shape == exact.shape, f"{tuple(value.shape)} against {tuple(exact.shape)}"
+    if value.numel() == 0:
+        return 0.0, 0.0
+    difference = value.double() - exact.double()
+    assert difference.isfinite().all(), "an element was not written, or the result is not finite"
+    scale = scale or exact.double().square().mean().sqrt().item() or 1.0
+    return difference.square().mean().sqrt().item() / scale, difference.abs().max().item() / scale
+
+
+def check_law(
+    name: str,
+    ours: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    scale: float | None = None,
+) -> None:
+    """Assert the law for one output or gradient; `dtype` is the inputs'.
+
+    `scale` is the size of the terms that were added up, where the result itself is much smaller.
+    """
+    norm, largest = errors(ours, exact, scale)
+    plain_norm, plain_largest = errors(plain, exact, scale)
+    assert norm <= 1.1 * plain_norm + FLOOR[dtype], (
+        f"{name}: error {norm:.3g} against float64, plain torch has {plain_norm:.3g}"
+    )
+    assert largest <= 2 * plain_largest + 8 * FLOOR[dtype], (
+        f"{name}: largest difference {largest:.3g} from float64, plain torch {plain_largest:.3g}"
+    )
+
+
+def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same values in float64 as fresh leaves, so that a reference runs on exact inputs."""
+    return {
+        name: t.detach().double().requires_grad_(t.requires_grad)
+        if t is not None and t.is_floating_point()
+        else t
+        for name, t in tensors.items()
+    }

@@ -1,0 +1,366 @@
+import pytest
+import torch
+from _compare import check_law, doubled
+
+import perl_kernels as pk
+from perl_kernels.head import reference
+
+# (N, H, V). 1003 and 50257: multiples of no tile. N = 1: one row. V = 2: the smallest choice.
+# V = 4099: one column past the plain sweep's tile. N = 1030: six rows past its block of rows.
+SIZES = [(7, 33, 1003), (1, 8, 50257), (19, 5, 2), (33, 123, 4099), (1030, 16, 257)]
+OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0}, {"temperature": 1.3, "softcap": 2.0}]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(n, h, v, dtype, bias=False, trainable_head=False, spread=2.0):
+    return {
+        "hidden": (spread * torch.randn(n, h)).to(dtype).requires_grad_(),
+        "weight": (torch.randn(v, h) / h**0.5).to(dtype).requires_grad_(trainable_head),
+        "bias": torch.randn(v).to(dtype).requires_grad_(trainable_head) if bias else None,
+    }
+
+
+def make_target(n, v, ignored=True):
+    target = torch.randint(0, v, (n,))
+    target[0], target[-1] = 0, v - 1  # the two edge columns
+    if ignored and n > 2:
+        target[1] = -100
+    return target
+
+
+def gradients(outputs, incoming, tensors):
+    leaves = {k: t for k, t in tensors.items() if t is not None and t.requires_grad}
+    total = sum((o * i.to(o.dtype)).sum() for o, i in zip(outputs, incoming, strict=True))
+    found = torch.autograd.grad(total, list(leaves.values()))
+    return {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def compare(ours, theirs, exact, dtype, **scales):
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype, scales.get(name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_log_prob_and_entropy(backend, sizes, options, dtype):
+    """Outputs and every gradient, head trained too, held to plain torch."""
+    n, _, v = sizes
+    tensors = make(*sizes, dtype, bias=bool(options), trainable_head=True)
+    target, incoming = make_target(n, v), (torch.randn(n), torch.randn(n))
+
+    def run(function, tensors, **more):
+        found = function(**tensors, target=target, **options, **more)
+        return {
+            "log_prob": found[0].detach(),
+            "entropy": found[1].detach(),
+            **gradients(found, incoming, tensors),
+        }
+
+    compare(
+        run(pk.linear_log_prob, tensors, return_entropy=True),
+        run(reference.linear_log_prob, tensors),
+        run(reference.linear_log_prob, doubled(tensors)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kl(backend, sizes, options, dtype):
+    n, h, v = sizes
+    tensors = make(*sizes, dtype, bias=bool(options))
+    shift = 0.3 * torch.randn(n, h)
+    tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
+    incoming = (torch.randn(n),)
+
+    def run(function, tensors):
+        found = function(**tensors, **options)
+        divergence = found.kl if isinstance(found, tuple) else found
+        return {"kl": divergence.detach(), **gradients((divergence,), incoming, tensors)}
+
+    exact = run(reference.linear_kl, doubled(tensors))
+    theirs = run(reference.linear_kl, tensors)
+    # the terms of a KL are log-ratios, and it is about half their mean square
+    compare(
+        run(pk.linear_kl, tensors), theirs, exact, dtype, kl=(2 * exact["kl"].mean().item()) ** 0.5
+    )
+
+
+def test_kl_gives_the_log_probs_of_both_sides(backend):
+    tensors = make(9, 12, 301, torch.float32)
+    ref_hidden = torch.randn(9, 12)
+    target = make_target(9, 301)
+    found = pk.linear_kl(tensors["hidden"], ref_hidden, tensors["weight"], target)
+    weight = tensors["weight"]
+    log_prob, entropy = reference.linear_log_prob(tensors["hidden"], weight, target)
+    ref_log_prob, _ = reference.linear_log_prob(ref_hidden, weight, target)
+    torch.testing.assert_close(found.log_prob, log_prob)
+    torch.testing.assert_close(found.ref_log_prob, ref_log_prob)
+    torch.testing.assert_close(found.entropy, entropy)
+    assert not found.ref_log_prob.requires_grad and found.kl[1] == 0
+    without = pk.linear_kl(tensors["hidden"], ref_hidden, weight)
+    assert without.log_prob is None and without.ref_log_prob is None and without.kl[1] > 0
+
+
+def test_gradients_of_kl_log_prob_and_entropy_add_up(backend):
+    tensors = make(6, 10, 77, torch.float32)
+    ref_hidden, target = torch.randn(6, 10), make_target(6, 77, ignored=False)
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    c = torch.randn(3, 6)
+    found = pk.linear_kl(hidden, ref_hidden, weight, target)
+    total = (c[0] * found.kl + c[1] * found.log_prob + c[2] * found.entropy).sum()
+    log_prob, entropy = reference.linear_log_prob(hidden, weight, target)
+    divergence = reference.linear_kl(hidden, ref_hidden, weight)
+    expected = (c[0] * divergence + c[1] * log_prob + c[2] * entropy).sum()
+    torch.testing.assert_close(
+        torch.autograd.grad(total, hidden), torch.autograd.grad(expected, hidden)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kl_coef", [None, 0.0, 0.4])
+def test_policy_loss(backend, dtype, reduction, kl_coef):
+    n, h, v = 23, 31, 1003
+    tensors = make(n, h, v, dtype, bias=True, trainable_head=kl_coef is None)
+    target, advantage = make_target(n, v), torch.randn(n)
+    options = {"reduction": reduction, "temperature": 0.9, "softcap": 4.0}
+    if kl_coef is not None:
+        shift = 0.3 * torch.randn(n, h)
+        tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
+        options["kl_coef"] = kl_coef
+
+    def run(function, tensors, advantage):
+        found = function(**tensors, target=target, advantage=advantage, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return {"loss": loss.detach(), **gradients((loss,), (torch.tensor(3.0),), tensors)}
+
+    log_prob, _ = reference.linear_log_prob(
+        tensors["hidden"].detach(), tensors["weight"].detach(), target
+    )
+    terms = (advantage * log_prob).abs()
+    compare(
+        run(pk.policy_loss, tensors, advantage),
+        run(reference.policy_loss, tensors, advantage),
+        run(reference.policy_loss, doubled(tensors), advantage.double()),
+        dtype,
+        loss=getattr(terms, reduction)().item(),
+    )
+
+
+def test_policy_loss_reports_detached_facts(backend):
+    tensors = make(8, 6, 40, torch.float32)
+    target, ref_hidden = make_target(8, 40), torch.randn(8, 6)
+    found = pk.policy_loss(
+        **tensors, target=target, advantage=torch.ones(8), ref_hidden=ref_hidden, kl_coef=0.1
+    )
+    separate = pk.linear_kl(tensors["hidden"], ref_hidden, tensors["weight"], target)
+    for name in ("log_prob", "kl", "entropy"):
+        value = getattr(found, name)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, getattr(separate, name).detach())
+
+
+def test_masked_tokens_have_no_say(backend):
+    tensors = make(10, 6, 40, torch.float32)
+    target, advantage = make_target(10, 40), torch.randn(10)
+    mask = torch.tensor([1, 1, 0, 0, 1, 1, 0, 1, 1, 1])
+    masked = pk.policy_loss(**tensors, target=target, advantage=advantage, mask=mask)
+    keep = mask.bool()
+    tensors_kept = {**tensors, "hidden": tensors["hidden"][keep]}
+    kept = pk.policy_loss(**tensors_kept, target=target[keep], advantage=advantage[keep])
+    torch.testing.assert_close(masked.loss, kept.loss)
+    assert not masked.log_prob[~keep].any() and not masked.entropy[~keep].any()
+    gradient = torch.autograd.grad(masked.loss, tensors["hidden"])[0]
+    assert not gradient[~keep].any() and gradient[keep].any(dim=1).sum() == keep.sum() - 1
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_no_token_counts(backend, n):
+    """An empty batch, and a batch in which every token is ignored: zeros, never NaN."""
+    tensors = make(n, 6, 40, torch.float32)
+    target = torch.full((n,), -100)
+    found = pk.policy_loss(**tensors, target=target, advantage=torch.ones(n))
+    assert found.loss.item() == 0 and found.log_prob.shape == (n,)
+    assert not torch.autograd.grad(found.loss, tensors["hidden"])[0].any()
+    log_prob = pk.linear_log_prob(**tensors, target=target)
+    assert not log_prob.any()
+    gradient = torch.autograd.grad(log_prob.sum(), tensors["hidden"])[0]
+    assert gradient.shape == (n, 6) and not gradient.any()
+
+
+def test_leading_dimensions_and_strides(backend):
+    hidden, target = torch.randn(3, 4, 16)[..., ::2], torch.randint(0, 20, (4, 3)).t()
+    weight = torch.randn(8, 20).t()
+    log_prob, entropy = pk.linear_log_prob(hidden, weight, target, return_entropy=True)
+    expected, _ = reference.linear_log_prob(hidden.reshape(12, 8), weight, target.reshape(12))
+    assert log_prob.shape == entropy.shape == (3, 4)
+    torch.testing.assert_close(log_prob.reshape(12), expected)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_constant_offset_of_the_logits_costs_no_more_than_its_own_rounding(backend, offset):
+    """Logits near 1e4 carry a float32 rounding of 5e-4 each; nothing may be lost beyond that."""
+    tensors = make(5, 8, 300, torch.float32)
+    target = make_target(5, 300, ignored=False)
+    bias = torch.full((300,), offset)
+    plain = pk.linear_log_prob(tensors["hidden"], tensors["weight"], target, return_entropy=True)
+    shifted = pk.linear_log_prob(
+        tensors["hidden"], tensors["weight"], target, bias=bias, return_entropy=True
+    )
+    for one, other in zip(plain, shifted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=4e-3)
+    kl = pk.linear_kl(tensors["hidden"], tensors["hidden"].detach(), tensors["weight"], bias=bias)
+    assert kl.kl.abs().max() < 1e-5
+
+
+def test_a_masked_class_has_no_say(backend):
+    """A bias of -inf removes a class: finite results, no gradient through it."""
+    tensors = make(5, 8, 300, torch.float32)
+    target = make_target(5, 300, ignored=False)
+    bias = torch.zeros(300)
+    bias[10:20] = -torch.inf
+    target[(target >= 10) & (target < 20)] = 3
+    kept = torch.cat([tensors["weight"][:10], tensors["weight"][20:]])
+    moved = torch.where(target >= 20, target - 10, target)
+    found = pk.linear_log_prob(
+        tensors["hidden"], tensors["weight"], target, bias=bias, return_entropy=True
+    )
+    expected = reference.linear_log_prob(tensors["hidden"], kept, moved)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    ours = torch.autograd.grad(found[0].sum() + found[1].sum(), tensors["hidden"])
+    theirs = torch.autograd.grad(expected[0].sum() + expected[1].sum(), tensors["hidden"])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_reference_gradcheck(softcap):
+    t = make(4, 3, 6, torch.float64, bias=True, trainable_head=True)
+    target = torch.tensor([0, 5, -100, 2])
+
+    def both(hidden, weight, bias):
+        return reference.linear_log_prob(
+            hidden, weight, target, bias=bias, temperature=0.8, softcap=softcap
+        )
+
+    torch.autograd.gradcheck(both, (t["hidden"], t["weight"], t["bias"]))
+    ref_hidden = torch.randn(4, 3, dtype=torch.float64)
+    torch.autograd.gradcheck(
+        lambda hidden: reference.linear_kl(
+            hidden, ref_hidden, t["weight"].detach(), temperature=0.8, softcap=softcap
+        ),
+        (t["hidden"],),
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_float64_gradchecks_through_the_ops(softcap):
+    t = make(4, 3, 6, torch.float64, bias=True, trainable_head=True)
+    target = torch.tensor([0, 5, -100, 2])
+    options = {"temperature": 0.8, "softcap": softcap}
+    torch.autograd.gradcheck(
+        lambda h, w, b: pk.linear_log_prob(h, w, target, bias=b, return_entropy=True, **options),
+        (t["hidden"], t["weight"], t["bias"]),
+    )
+    ref_hidden, weight = torch.randn(4, 3, dtype=torch.float64), t["weight"].detach()
+    torch.autograd.gradcheck(
+        lambda h: pk.linear_kl(h, ref_hidden, weight, **options).kl, (t["hidden"],)
+    )
+    advantage = torch.randn(4, dtype=torch.float64)
+    torch.autograd.gradcheck(
+        lambda h: (
+            pk.policy_loss(
+                h, weight, target, advantage, ref_hidden=ref_hidden, kl_coef=0.3, **options
+            ).loss
+        ),
+        (t["hidden"],),
+    )
+
+
+def test_opcheck(backend):
+    hidden = torch.randn(5, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    bias = torch.randn(11, requires_grad=True)
+    target, ops = torch.tensor([0, 10, -100, 3, 4]), torch.ops.perl_kernels
+    torch.library.opcheck(
+        ops.head_stats.default, (hidden, weight, bias, target, None, 0.9, 0.0, -100)
+    )
+    frozen, ref_hidden = weight.detach(), torch.randn(5, 8)
+    torch.library.opcheck(
+        ops.head_stats.default, (hidden, frozen, None, target, ref_hidden, 1.0, 5.0, -100)
+    )
+    torch.library.opcheck(
+        ops.head_stats.default, (hidden, frozen, None, None, ref_hidden, 1.0, 0.0, -100)
+    )
+    advantage = torch.randn(5)
+    for ref, need_head in ((None, True), (ref_hidden, False)):
+        torch.library.opcheck(
+            ops.policy_loss.default,
+            (hidden, weight if need_head else frozen, bias if need_head else None, target)
+            + (advantage, ref, 0.2 if ref is not None else 0.0, 1.0, 0.0, -100, True)
+            + (True, need_head, need_head),
+        )
+
+
+def test_compiles_without_a_graph_break(backend):
+    t = make(6, 8, 50, torch.float32)
+    target, ref_hidden = make_target(6, 50), torch.randn(6, 8)
+
+    def function(hidden):
+        log_prob, entropy = pk.linear_log_prob(hidden, t["weight"], target, return_entropy=True)
+        kl = pk.linear_kl(hidden, ref_hidden, t["weight"], target).kl
+        loss = pk.policy_loss(
+            hidden, t["weight"], target, torch.ones(6), ref_hidden=ref_hidden, kl_coef=0.1
+        ).loss
+        return loss + log_prob.sum() + 0.5 * entropy.sum() + kl.mean()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(t["hidden"]), function(t["hidden"]))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(t["hidden"]), t["hidden"]),
+        torch.autograd.grad(function(t["hidden"]), t["hidden"]),
+    )
+
+
+def bad_calls():
+    h, w, t = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 8, 2, 3])
+    good = dict(hidden=h, weight=w, target=t)
+    yield "features", dict(good, hidden=h[:, :5]), ValueError, "hidden has 5 features"
+    yield "dtype", dict(good, weight=w.half()), TypeError, "weight is torch.float16"
+    yield "target dtype", dict(good, target=t.float()), TypeError, "target is torch.float32"
+    yield "target shape", dict(good, target=t[:3]), ValueError, r"target has shape \(3,\)"
+    yield "target range", dict(good, target=t + 1), ValueError, "target holds 9; wanted 0 <= target"
+    yield "target negative", dict(good, target=t - 7), ValueError, "target holds -7"
+    yield "temperature", dict(good, temperature=0.0), ValueError, "temperature is 0.0; wanted > 0"
+    yield "nan", dict(good, temperature=float("nan")), ValueError, "temperature is nan"
+    yield "softcap", dict(good, softcap=-1.0), ValueError, "softcap is -1.0; wanted > 0"
+    yield "bias", dict(good, bias=w[0]), ValueError, "bias has shape"
+    yield "vocabulary", dict(good, weight=w[:0]), ValueError, "weight has 0 rows"
+
+
+@pytest.mark.parametrize("call", bad_calls(), ids=lambda c: c[0])
+def test_bad_arguments_are_named(backend, call):
+    _, arguments, kind, message = call
+    with pytest.raises(kind, match=message):
+        pk.linear_log_prob(**arguments)
+
+
+def test_gradients_that_do_not_exist_are_refused():
+    h, w = torch.randn(4, 6), torch.randn(9, 6)
+    t, trained = torch.tensor([0, 8, 2, 3]), torch.randn(4, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="ref_hidden requires grad"):
+        pk.linear_kl(h, trained, w)
+    with pytest.raises(ValueError, match="weight requires grad"):
+        pk.linear_kl(trained, h, w.clone().requires_grad_())
+    with pytest.raises(ValueError, match="advantage requires grad"):
+        pk.policy_loss(trained, w, t, torch.ones(4, requires_grad=True))
+    with pytest.raises(ValueError, match="there is no ref_hidden"):
+        pk.policy_loss(trained, w, t, torch.ones(4), kl_coef=0.1)
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        pk.policy_loss(trained, w, t, torch.ones(4), reduction="none")
+    with pytest.raises(TypeError, match="mask is torch.float32"):
+        pk.policy_loss(trained, w, t, torch.ones(4), mask=torch.ones(4))

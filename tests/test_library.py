@@ -1,0 +1,112 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import perl_kernels as pk
+from perl_kernels import _library
+
+ROOT = Path(__file__).parents[1]
+
+# Lower numbers never import higher ones; rooms of one level never import each other.
+LEVELS = {
+    "_arguments": 0, "_dropout": 0, "_softmax": 0, "_library": 0, "_triton": 1,
+    "lora_linear": 2, "head": 2, "log_prob": 2, "layers": 3, "adapters": 4, "peft": 5,
+}  # fmt: skip
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of perl_kernels that a file imports, from its syntax tree."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            if module[:1] == ["perl_kernels"]:
+                rooms |= {module[1]} if len(module) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            rooms |= {n[1] for n in names if n[0] == "perl_kernels" and len(n) > 1}
+    return rooms
+
+
+def test_imports_go_one_way():
+    for path in sorted((ROOT / "perl_kernels").rglob("*.py")):
+        room = path.relative_to(ROOT / "perl_kernels").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imported_rooms(path) - {room}:
+            assert other in LEVELS, f"{path.name} imports {other}, which has no level here"
+            assert LEVELS[other] < LEVELS[room] or LEVELS[other] == LEVELS[room] == 0, (
+                f"{path.relative_to(ROOT)} imports {other}"
+            )
+
+
+def test_perl_uses_public_names_only():
+    for path in sorted([*(ROOT / "perl").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
+        private = {r for r in imported_rooms(path) if r.startswith("_")}
+        assert not private or path.parts[-2] == "benchmarks", f"{path.name} imports {private}"
+
+
+def test_public_names():
+    for name in pk.__all__:
+        assert getattr(pk, name).__doc__, f"pk.{name} has no docstring"
+
+
+def test_use_backend_chooses_and_restores():
+    x = torch.randn(2, 3)
+    automatic = _library.backend_of(x)
+    with pk.use_backend("reference"):
+        assert _library.backend_of(x) == "reference"
+    assert _library.backend_of(x) == automatic
+    assert _library.backend_of(x.double()) == "reference"
+    with pytest.raises(ValueError, match="backend is 'gpu'; wanted one of auto, reference"):
+        pk.use_backend("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no GPU is visible"):
+            pk.use_backend("triton")
+
+
+def test_show_config_says_what_is_here(capsys):
+    pk.show_config()
+    printed = capsys.readouterr().out
+    for word in ("torch " + torch.__version__, "triton", "cpu", "cuda", "threads"):
+        assert word in printed
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(bool(_library.missing["cpu"]), reason="the CPU kernels are not compiled")
+def test_works_without_the_extension_and_says_so_once():
+    """An extension compiled for another torch is not loaded; plain torch runs, with one warning."""
+    found = run(
+        "import json, pathlib, warnings\n"
+        "read = pathlib.Path.read_text\n"
+        "pathlib.Path.read_text = lambda p, *a, **k: json.dumps({'torch': '1.0'})"
+        " if p.name == '_cpu.json' else read(p, *a, **k)\n"
+        "import torch, perl_kernels as pk\n"
+        "x, w, a, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)\n"
+        "print(pk.lora_linear(x, w, a, b).sum().item())\n"
+        "pk.lora_linear(x, w, a, b)\n"
+    )
+    assert found.stdout.strip() == "48.0", found.stderr
+    assert found.stderr.count("perl_kernels runs plain torch on cpu, slower") == 1
+    assert "compiled for torch 1.0" in found.stderr
+
+
+def test_import_does_not_need_triton():
+    found = run(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, perl_kernels as pk\n"
+        "t = torch.zeros(1, dtype=torch.long)\n"
+        "print(pk.linear_log_prob(torch.ones(1, 2), torch.ones(4, 2), t).item())"
+    )
+    assert found.returncode == 0 and found.stdout.startswith("-1.386"), found.stderr

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from _compare import check_law, doubled
+
+import perl_kernels as pk
+from perl_kernels.log_prob import reference
+
+# (N, V). 1003: multiple of no tile or vector width. N = 1: one row. V = 4099: past one tile.
+# V = 1: nothing to choose. N = 1030: past one block of rows.
+SIZES = [(7, 1003), (1, 4099), (5, 1), (1030, 65)]
+OPTIONS = [{}, {"temperature": 0.7, "softcap": 5.0}]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(n, v, dtype):
+    return {"logits": (3 * torch.randn(n, v)).to(dtype).requires_grad_()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_log_prob_and_entropy(backend, sizes, options, dtype):
+    n, v = sizes
+    tensors, incoming = make(n, v, dtype), torch.randn(2, n)
+    target = torch.randint(0, v, (n,))
+    target[n // 2] = -100 if n > 1 else 0
+
+    def run(function, tensors, **more):
+        log_prob, entropy = function(**tensors, target=target, **options, **more)
+        total = (incoming[0] * log_prob + incoming[1] * entropy).sum()
+        gradient = torch.autograd.grad(total, tensors["logits"])[0]
+        return log_prob.detach(), entropy.detach(), gradient
+
+    ours = run(pk.log_prob, tensors, return_entropy=True)
+    theirs = run(reference.log_prob, tensors)
+    exact = run(reference.log_prob, doubled(tensors))
+    for name, o, t, e in zip(("log_prob", "entropy", "dlogits"), ours, theirs, exact, strict=True):
+        check_law(name, o, t, e, torch.float32 if name != "dlogits" else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kl(backend, sizes, options, dtype):
+    n, v = sizes
+    tensors, incoming = make(n, v, dtype), torch.randn(n)
+    shift = 0.3 * torch.randn(n, v)
+    tensors["ref_logits"] = (tensors["logits"].detach().float() + shift).to(dtype)
+
+    def run(function, tensors):
+        kl = function(**tensors, **options)
+        return kl.detach(), torch.autograd.grad((incoming * kl).sum(), tensors["logits"])[0]
+
+    ours, theirs = run(pk.kl, tensors), run(reference.kl, tensors)
+    exact = run(reference.kl, doubled(tensors))
+    # the terms of a KL are log-ratios, and it is about half their mean square
+    scale = (2 * exact[0].mean().item()) ** 0.5
+    check_law("kl", ours[0], theirs[0], exact[0], torch.float32, scale)
+    check_law("dlogits", ours[1], theirs[1], exact[1], dtype)
+
+
+def test_leading_dimensions_strides_and_an_empty_batch(backend):
+    logits = torch.randn(3, 4, 22)[..., ::2].detach().requires_grad_()
+    target = torch.randint(0, 11, (3, 4))
+    expected = torch.log_softmax(logits, -1).gather(-1, target[..., None])[..., 0]
+    torch.testing.assert_close(pk.log_prob(logits, target), expected)
+    assert pk.kl(logits, logits.detach()).shape == (3, 4)
+    empty = pk.log_prob(logits[:0], target[:0])
+    assert empty.shape == (0, 4)
+    assert torch.autograd.grad(empty.sum(), logits)[0].abs().sum() == 0
+
+
+def test_masked_logits_of_minus_infinity(backend):
+    logits = torch.randn(4, 50)
+    logits[:, 7:20] = -torch.inf
+    logits.requires_grad_()
+    target = torch.tensor([0, 30, 49, 6])
+    log_prob, entropy = pk.log_prob(logits, target, return_entropy=True)
+    distribution = torch.distributions.Categorical(logits=logits.detach().double())
+    torch.testing.assert_close(log_prob.double(), distribution.log_prob(target))
+    kept = torch.cat([logits[:, :7], logits[:, 20:]], dim=1).detach().double()
+    expected = torch.distributions.Categorical(logits=kept).entropy()
+    torch.testing.assert_close(entropy.double(), expected)
+    gradient = torch.autograd.grad(log_prob.sum() + entropy.sum(), logits)[0]
+    assert gradient.isfinite().all() and not gradient[:, 7:20].any()
+
+
+def test_equals_selective_log_softmax_of_trl(backend):
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
+    logits, target = torch.randn(2, 9, 101), torch.randint(0, 101, (2, 9))
+    torch.testing.assert_close(
+        pk.log_prob(logits, target), utils.selective_log_softmax(logits, target)
+    )
+
+
+def test_float64_gradcheck():
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    ref_logits = torch.randn(4, 6, dtype=torch.float64)
+    target = torch.tensor([0, 5, -100, 2])
+    torch.autograd.gradcheck(
+        lambda z: pk.log_prob(z, target, temperature=0.8, softcap=3.0, return_entropy=True),
+        (logits,),
+    )
+    torch.autograd.gradcheck(lambda z: pk.kl(z, ref_logits, temperature=0.8), (logits,))
+    torch.autograd.gradcheck(lambda z: reference.kl(z, ref_logits, softcap=2.0), (logits,))
+
+
+def test_opcheck_and_compile(backend):
+    logits, target = torch.randn(5, 11, requires_grad=True), torch.randint(0, 11, (5,))
+    ref_logits = torch.randn(5, 11)
+    op = torch.ops.perl_kernels.logits_stats.default
+    torch.library.opcheck(op, (logits, target, None, 1.0, 0.0, -100))
+    torch.library.opcheck(op, (logits, None, ref_logits, 0.7, 4.0, -100))
+
+    def function(z):
+        return pk.log_prob(z, target).sum() + pk.kl(z, ref_logits).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(logits), logits), torch.autograd.grad(function(logits), logits)
+    )
+
+
+def bad_calls():
+    z, t = torch.randn(4, 9), torch.tensor([0, 8, 2, 3])
+    yield "range", dict(logits=z, target=t + 1), ValueError, "target holds 9"
+    yield "shape", dict(logits=z, target=t[:2]), ValueError, "target has shape"
+    yield "dtype", dict(logits=z.long(), target=t), TypeError, "logits is torch.int64"
+    yield "int32", dict(logits=z, target=t.int()), TypeError, "target is torch.int32"
+    yield "empty", dict(logits=z[:, :0], target=t), ValueError, "no vocabulary"
+    yield "t", dict(logits=z, target=t, temperature=-1.0), ValueError, "temperature is -1.0"
+
+
+@pytest.mark.parametrize("call", bad_calls(), ids=lambda c: c[0])
+def test_bad_arguments_are_named(backend, call):
+    _, arguments, kind, message = call
+    with pytest.raises(kind, match=message):
+        pk.log_prob(**arguments)
