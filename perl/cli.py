@@ -1,0 +1,118 @@
+"""The command line: one subcommand per config dataclass, one flag per field.
+
+Exit codes: 0 done · 2 bad input (one line on stderr, nothing written) · 3 stopped on a loss that
+is not finite · 130 stopped by Ctrl-C, with a checkpoint. torch and transformers are imported only
+after the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from perl import config as cfg
+from perl.config import UsageError
+
+# command -> (config, function that does the work, one line of help)
+COMMANDS = {
+    "demo": (cfg.DemoConfig, "perl.demo:run", "the whole path on the embedded world"),
+    "sft": (cfg.SftConfig, "perl.train_sft:train", "supervised fine-tuning"),
+    "reward": (cfg.RewardConfig, "perl.train_reward:train", "train a reward model"),
+    "reinforce": (cfg.ReinforceConfig, "perl.train_policy:train", "train a policy by REINFORCE"),
+    "evaluate": (cfg.EvaluateConfig, "perl.evaluate:evaluate", "held-out figures of a model"),
+    "generate": (cfg.GenerateConfig, "perl.evaluate:generate", "answers for prompts"),
+    "merge": (cfg.MergeConfig, "perl.evaluate:merge", "fold an adapter into its base"),
+    "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
+    "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Flags that are not given stay out of the namespace."""
+    parser = _Parser(
+        prog="python -m perl",
+        description="RLHF with LoRA: SFT, reward model, "
+        "REINFORCE. `COMMAND --help` lists a command's flags. The "
+        "result of a command is one JSON object on stdout; progress goes to stderr.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (cls, _, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=cls.__doc__)
+        command.add_argument(
+            "--config",
+            metavar="FILE.toml",
+            default=argparse.SUPPRESS,
+            help="values for any of these flags; flags win over the file",
+        )
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            _add_flag(command, field, hints[field.name])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        flags = vars(build_parser().parse_args(argv))
+        cls, target, _ = COMMANDS[flags.pop("command")]
+        config = cfg.load(cls, flags, config_file=flags.pop("config", None))
+        module, function = target.split(":")
+        result = getattr(importlib.import_module(module), function)(config)
+        if isinstance(result, dict):
+            print(json.dumps(result))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except cfg.Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    kind, _, choices = cfg.kind_of(hint)
+    text = field.metadata["help"].replace("%", "%%")
+    notes = [f"in {field.metadata['unit']}"] if field.metadata["unit"] else []
+    if field.default_factory is not dataclasses.MISSING:
+        notes.append("default " + " ".join(field.default_factory()))
+    elif field.default is dataclasses.MISSING:
+        notes.append("required")
+    elif field.default is not None:
+        notes.append(f"default {str(field.default).lower() if kind is bool else field.default}")
+    text += f" ({', '.join(notes)})" if notes else ""
+    if field.metadata["positional"]:
+        command.add_argument(field.name, metavar=field.name.upper(), help=text)
+        return
+    settings: dict[str, Any] = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif kind == list[str]:
+        settings.update(nargs="+", metavar="NAME")
+    else:
+        settings["type"] = kind
+        settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]
+    command.add_argument(cfg.flag(field.name), **settings)
+
+
+_METAVARS = {str: "TEXT", int: "N", float: "X"}

@@ -1,0 +1,470 @@
+"""One dataclass per command: every field is a flag (`--lora-rank`) and a TOML key (`lora_rank`).
+
+Values come from the defaults, then `--config FILE.toml`, then the flags; a resumed run reads the
+`config.toml` of its folder in place of the file. A config checks itself when it is made, so a
+trainer called from Python refuses the same values as the command line. Nothing heavy is imported
+here: `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import os
+import types
+import typing
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+class UsageError(Exception):
+    """A one-line error for the user: what was given, what is wanted, the remedy. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A run that ended early on purpose; the message says why, and how to go on."""
+
+    exit_code = 1
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    unit: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    positional: bool = False,
+    resumable: bool = False,
+) -> Any:
+    """A config field. `resumable`: a resumed run may change it without changing the training."""
+    metadata = dict(
+        help=help,
+        unit=unit,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        positional=positional,
+        resumable=resumable,
+    )
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Base of all commands: checks types and ranges of every field."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _checked(field, hints[field.name], getattr(self, field.name))
+            setattr(self, field.name, value)
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Config):
+    """Which model, and where it runs."""
+
+    model: str = option(
+        help="model folder, or a name that transformers knows; the folder of an "
+        "SFT run or adapter stands for its base with the adapter merged in"
+    )
+    dtype: Literal["float32", "bfloat16"] = option("float32", help="type of the frozen weights")
+    device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    threads: int = option(
+        0,
+        unit="threads",
+        at_least=0,
+        resumable=True,
+        help="CPU threads; 0 leaves the choice to torch",
+    )
+    seed: int = option(0, at_least=0, help="seed of initial weights, data order, dropout, sampling")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(ModelConfig):
+    """What the three trainers share."""
+
+    data: str = option(help="training rows: JSONL, JSON or Parquet, by their columns")
+    out: str = option(help="run folder; must not exist, or be empty")
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
+        "auto", help="published format of the data files; auto tells them by their columns"
+    )
+    validation: str | None = option(None, help="held-out rows of the same kind")
+
+    tuning: Literal["lora", "full"] = option("lora", help="train LoRA adapters or all weights")
+    lora_rank: int = option(16, at_least=1, help="rank R of the adapters")
+    lora_alpha: float = option(32.0, above=0, help="the adapters' scale is alpha / R")
+    lora_dropout: float = option(
+        0.0, at_least=0, at_most=0.99, help="probability of dropping an adapter input"
+    )
+    lora_targets: list[str] = option(
+        ["all-linear"],
+        help="names of the modules that get an "
+        "adapter, or all-linear (every linear layer but the head)",
+    )
+    use_rslora: bool = option(False, help="scale alpha / sqrt(R) in place of alpha / R")
+
+    steps: int = option(200, unit="updates", at_least=1, resumable=True, help="length of the run")
+    lr: float | None = option(
+        None, above=0, help="learning rate of AdamW; default 1e-4 with LoRA, 1e-5 full"
+    )
+    warmup_steps: int = option(
+        10,
+        unit="updates",
+        at_least=0,
+        help="linear warmup of the learning rate, constant afterwards",
+    )
+    weight_decay: float = option(0.0, at_least=0, help="AdamW's weight decay")
+    max_grad_norm: float = option(1.0, above=0, help="gradients are clipped to this norm")
+    micro_batch_size: int = option(
+        0,
+        unit="rows",
+        at_least=0,
+        help="rows per forward pass; gradients accumulate over the "
+        "batch; 0 = the whole batch at once",
+    )
+    max_tokens: int = option(
+        0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
+    )
+    truncate_prompts: bool = option(
+        False, help="cut prompts that do not fit from the left (counted) in place of refusing them"
+    )
+    drop_long: bool = option(
+        False, help="leave out rows that still do not fit (counted) in place of refusing them"
+    )
+
+    log_every: int = option(1, unit="updates", at_least=1, help="updates between metrics lines")
+    checkpoint_every: int = option(
+        100, unit="updates", at_least=1, resumable=True, help="updates between checkpoints"
+    )
+    keep_checkpoints: int = option(
+        2, at_least=1, resumable=True, help="newest checkpoints that are kept, beside the best"
+    )
+    validate_every: int = option(
+        50,
+        unit="updates",
+        at_least=1,
+        help="updates between validations, where --validation is given",
+    )
+    tensorboard: bool = option(False, resumable=True, help="write TensorBoard events too")
+    resume: bool = option(False, resumable=True, help="go on from the run folder's last checkpoint")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr is None:
+            self.lr = 1e-4 if self.tuning == "lora" else 1e-5
+
+
+@dataclass(kw_only=True)
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning on {text}, {prompt, completion} or {messages} rows."""
+
+    batch_size: int = option(16, unit="rows", at_least=1, help="rows per update")
+
+
+@dataclass(kw_only=True)
+class RewardConfig(TrainConfig):
+    """Reward model on {prompt, chosen, rejected} or {prompt, completion, label} rows."""
+
+    batch_size: int = option(16, unit="rows", at_least=1, help="rows (pairs) per update")
+    balance_labels: bool = option(False, help="pointwise: weigh both labels equally in the loss")
+
+
+@dataclass(kw_only=True)
+class ReinforceConfig(TrainConfig):
+    """REINFORCE with a value baseline and a KL anchor on {prompt} rows (arXiv 2309.00267)."""
+
+    reward_model: str | None = option(None, help="folder of a reward run, or of its reward model")
+    reward_function: str | None = option(
+        None, help="FILE.py:NAME, a Python function NAME(prompts, completions) -> list of floats"
+    )
+    prompts_per_step: int = option(16, unit="prompts", at_least=1, help="episodes per update")
+    max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
+    temperature: float = option(0.9, above=0, help="sampling temperature, also of log p")
+    top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
+    top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
+    beta: float = option(0.05, at_least=0, at_most=1, help="weight of the KL to the anchor")
+    kl_convention: Literal["perl", "trl"] = option(
+        "perl", help="objective (1 - beta) r - beta KL (perl) or r - beta KL (trl)"
+    )
+    kl_in: Literal["reward", "loss"] = option(
+        "reward",
+        help="KL as a reward of each token (the sampled log-ratio), or as a term of the "
+        "loss (exact over the vocabulary; LoRA only)",
+    )
+    baseline: Literal["value", "batch_mean", "none"] = option(
+        "value", help="what is subtracted from the return"
+    )
+    whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    value_lr: float | None = option(
+        None, above=0, help="learning rate of the value model; default as --lr"
+    )
+    samples_every: int = option(
+        10, unit="updates", at_least=1, help="updates between rows of samples.jsonl"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_lr is None:
+            self.value_lr = self.lr
+        if (self.reward_model is None) == (self.reward_function is None):
+            raise UsageError(
+                "reinforce wants exactly one of --reward-model FOLDER and "
+                "--reward-function FILE.py:NAME"
+            )
+        if self.kl_in == "loss" and self.tuning == "full":
+            raise UsageError(
+                "--kl-in loss is exact over one head that policy and anchor share; "
+                "--tuning full trains the head, so give --kl-in reward"
+            )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(ModelConfig):
+    """Held-out figures of a language model, an adapter or a reward model, as one JSON object."""
+
+    data: str = option(help="rows to evaluate on")
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
+        "auto", help="published format of the data file"
+    )
+    adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
+    reward_model: str | None = option(
+        None,
+        help="folder of a reward run or reward model: scores "
+        "the rows, or the answers generated for {prompt} rows",
+    )
+    reward_function: str | None = option(None, help="FILE.py:NAME that scores generated answers")
+    rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
+    batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
+    max_tokens: int = option(
+        0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
+    )
+    truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
+    drop_long: bool = option(False, help="leave out rows that still do not fit")
+    max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
+    temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
+    out: str | None = option(None, help="also write the figures to this JSON file")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(ModelConfig):
+    """Answers for prompts, as text or JSON lines."""
+
+    prompt: str | None = option(None, help="one prompt, printed with its answer")
+    data: str | None = option(None, help="rows with a prompt column")
+    adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
+    rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
+    batch_size: int = option(16, unit="prompts", at_least=1, help="prompts per forward pass")
+    max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
+    temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
+    top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
+    top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
+    truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
+    out: str | None = option(None, help="write {prompt, completion} JSON lines to this file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt is None) == (self.data is None):
+            raise UsageError("generate wants exactly one of --prompt TEXT and --data FILE")
+
+
+@dataclass(kw_only=True)
+class MergeConfig(ModelConfig):
+    """A plain model folder from an adapter (or run folder): its base with the adapter added."""
+
+    out: str = option(help="folder of the merged model; must not exist, or be empty")
+
+
+@dataclass(kw_only=True)
+class DataConfig(Config):
+    """What a data file holds; or the embedded world's files: `data cafe --out DIR`."""
+
+    path: str = option(positional=True, help="data file, or the word cafe")
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
+        "auto", help="published format of the data file"
+    )
+    model: str | None = option(
+        None,
+        help="model folder whose tokenizer counts the lengths; without it they are in characters",
+    )
+    rows: int = option(2, unit="rows", at_least=0, help="rows to show")
+    out: str | None = option(None, help="write the rows here as JSONL; for cafe, the folder")
+    seed: int = option(0, at_least=0, help="seed of the embedded world")
+
+
+@dataclass(kw_only=True)
+class BenchConfig(Config):
+    """`pytest benchmarks/` of a checkout, with its tables printed."""
+
+    select: str | None = option(None, help="only benchmarks whose name matches (pytest -k)")
+
+
+@dataclass(kw_only=True)
+class DemoConfig(Config):
+    """SFT, reward model and REINFORCE on the embedded world, LoRA beside full tuning."""
+
+    out: str = option("runs/demo", help="folder of the demo's runs and report")
+    seed: int = option(0, at_least=0, help="seed of the world, the models and the sampling")
+    threads: int = option(
+        0, unit="threads", at_least=0, help="CPU threads; 0 leaves the choice to torch"
+    )
+    device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    quick: bool = option(
+        False, help="a few steps of everything: checks the machinery, learns nothing"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and flags
+
+
+def flag(name: str) -> str:
+    """The flag of a field: lora_rank -> --lora-rank."""
+    return "--" + name.replace("_", "-")
+
+
+def load(cls: type, flags: dict[str, Any], config_file: str | None = None) -> Any:
+    """The config of a command: defaults < `config_file` < `flags` (only those that were given).
+
+    With `resume` among the flags the run folder's own config.toml is the file, and only fields
+    that do not change the training may differ from it.
+    """
+    if flags.get("resume"):
+        return _load_resumed(cls, flags, config_file)
+    values = read_toml(config_file, cls) if config_file else {}
+    return make(cls, values | flags)
+
+
+def make(cls: type, values: dict[str, Any]) -> Any:
+    """`cls(**values)`, with a UsageError that names the flags which are missing."""
+    missing = [f for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
+    if missing:
+        names = ", ".join(
+            f.name.upper() if f.metadata["positional"] else flag(f.name) for f in missing
+        )
+        raise UsageError(f"missing {names}; give it as a flag or in --config FILE.toml")
+    return cls(**values)
+
+
+def read_toml(path: str | os.PathLike, cls: type) -> dict[str, Any]:
+    """The keys of a TOML file. Raises UsageError for a bad file or a key that `cls` lacks."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config file {path}: {_reason(error)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from None
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def write_toml(config: Config, path: str | os.PathLike) -> None:
+    """Writes every field but `resume` and those that are None, in the order of the class."""
+    lines = [
+        f"{f.name} = {_toml(getattr(config, f.name))}"
+        for f in dataclasses.fields(config)
+        if f.name != "resume" and getattr(config, f.name) is not None
+    ]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _load_resumed(cls: type, flags: dict[str, Any], config_file: str | None) -> Any:
+    if config_file:
+        raise UsageError("--resume reads the run folder's config.toml; leave --config out")
+    if not flags.get("out"):
+        raise UsageError("--resume wants --out, the run folder to go on with")
+    saved = Path(flags["out"]) / "config.toml"
+    if not saved.is_file():
+        raise UsageError(
+            f"{flags['out']} is no run folder (it has no config.toml); leave "
+            "--resume out to start a run"
+        )
+    values = read_toml(saved, cls)
+    before, config = make(cls, values), make(cls, values | flags)
+    for field in dataclasses.fields(cls):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if old != new and field.name != "out" and not field.metadata["resumable"]:
+            raise UsageError(
+                f"{flag(field.name)} is {new!r} but the run was started with {old!r}; "
+                "leave the flag out, or start a new run in another folder"
+            )
+    return config
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def kind_of(hint: Any) -> tuple[Any, bool, tuple]:
+    """(type, whether None is allowed, choices) of a field's type hint."""
+    optional = False
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+        optional = True
+    if typing.get_origin(hint) is Literal:
+        return str, optional, typing.get_args(hint)
+    return hint, optional, ()
+
+
+def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """The value in the field's type. Raises UsageError for a wrong type or range."""
+    kind, optional, choices = kind_of(hint)
+    name = field.name.upper() if field.metadata["positional"] else flag(field.name)
+    if value is None and optional:
+        return None
+    if kind == list[str]:
+        value = [value] if isinstance(value, str) else value
+        good = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+        if not good:
+            raise UsageError(f"{name} is {value!r}; want a list of names")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{name} is {value!r}; want {_TYPE_WORDS[kind]}")
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"{name} is {value!r}; want a finite number")
+    if choices and value not in choices:
+        raise UsageError(f"{name} is {value!r}; want one of {', '.join(choices)}")
+    if kind is str and not value:
+        raise UsageError(f"{name} is empty; want {_TYPE_WORDS[kind]}, or leave it out")
+    for bound, breaks in _BOUNDS.items():
+        limit = field.metadata[bound]
+        if limit is not None and breaks(value, limit):
+            raise UsageError(f"{name} is {value}; want {bound.replace('_', ' ')} {limit}")
+    return value
+
+
+_BOUNDS = {"at_least": operator.lt, "above": operator.le, "at_most": operator.gt}
+_TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML basic string
+    return str(value)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,384 @@
+"""REINFORCE with a value baseline and a KL anchor: `python -m perl reinforce`.
+
+    J(θ) = E_{y∼π_θ}[(1 − β) r(y|x) − β KL(π_θ ‖ π_anchor)]        (arXiv 2403.10704, 2309.00267)
+
+Every step: sample answers (rollout), reward them and measure the anchor's log-probabilities
+(score), one gradient step for the value and one for the policy (learn). Policy, value, reward and
+anchor are roles of one backbone: adapters, and adapters off. With `--tuning full` the same lines
+run with four models in place of one.
+
+Choices that the paper leaves open, each with its reason:
+- KL enters as a reward of each token, −β (log π − log π_anchor), `--kl-in reward`: its gradient is
+  unbiased for the sequence KL, future tokens included. `--kl-in loss` puts β times the exact KL
+  over the vocabulary into the loss: less noise, but blind to how a token changes the states that
+  follow. Both are the KL of the policies that are sampled, temperature included.
+- log π in that reward is what sampling computed: the learning pass would give the same number, and
+  how far the two differ is logged (`max_abs_dlogp`).
+- Losses are means over the answer tokens of the batch, so a step does not grow with the answers.
+- alpha / R is 2 at the default rank, and the learning rate 10 × that of full tuning (1e-4, 1e-5).
+- Advantages are not whitened by default: the baseline centres them, and the clipped AdamW step
+  has a scale of its own. `--whiten-advantages` does it.
+- The value head starts at zero, so the first baseline is 0 and not noise.
+- The result is the last policy, not the best by reward: the reward is what a policy overfits.
+
+Left out: clipping and several epochs per batch (PPO; the data are on-policy here, so the ratio is
+1), GAE (γ = λ = 1 is the plain return), discounting (only the last token is rewarded), an adaptive
+β, an entropy bonus, dropout of the base (the policy that learns is the one that was sampled).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import perl_kernels as pk
+from perl import reinforce
+from perl.backbone import Backbone
+from perl.config import ReinforceConfig
+from perl.data import Batches, Encoded, encode_prompts, prompt_room, read_rows, want_kind
+from perl.memory import PeakMemory
+from perl.reward import load_reward_function
+from perl.rollout import Rollout, generate
+from perl.run import Run
+from perl.training import (
+    add_role,
+    lora_config,
+    make_optimizer,
+    micro_batches,
+    open_backbone,
+    restore,
+    save,
+    say_notes,
+)
+
+SAMPLES = 4  # prompts answered into samples.jsonl, the same ones every time
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text (or messages), for reward functions, and as tokens."""
+
+    text: Any
+    ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+# (answers, their prompts) -> (B,) float32 on the CPU or the backbone's device
+Scorer = Callable[[Rollout, list[Prompt]], Tensor]
+
+
+def train(config: ReinforceConfig) -> dict[str, Any]:
+    """Trains a policy into `config.out`/policy and returns the figures of the last step."""
+    # ---- load: everything that can be refused is refused before the run folder exists
+    run = Run.create(config.out, config)
+    backbone = open_backbone(config, tuning=config.tuning, lora=lora_config(config), reference=True)
+    encoded = load_prompts(config, config.data, backbone)
+    prompts = with_text(encoded)
+    held_out = []
+    if config.validation:
+        held_out = with_text(load_prompts(config, config.validation, backbone))
+    score = make_scorer(config, backbone)
+    checkpoint = run.latest_checkpoint() if config.resume else None
+    add_role(backbone, "policy", checkpoint)
+    optimizers = {"policy": make_optimizer(config, backbone, "policy", config.lr)}
+    if config.baseline == "value":
+        add_role(backbone, "value", checkpoint, scalar=True)
+        optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
+        if checkpoint is None:
+            nn.init.zeros_(optimizers["value"].parameters["score.weight"])
+    batches = Batches(prompts, config.prompts_per_step, config.seed)
+    if checkpoint:
+        restore(checkpoint, optimizers, batches)
+
+    # ---- loop
+    with run, PeakMemory(backbone.device) as peak:
+        say_notes(run, config.data, encoded)
+        if run.step == 0:
+            write_samples(run, 0, config, backbone, prompts, score)
+            if held_out:
+                run.log(0, **evaluate(config, backbone, held_out, score))
+        for step in run.steps(config.steps, "reinforce"):
+            clock, batch = Clock(backbone.device), next(batches)
+
+            with clock.phase("rollout"):
+                rollout = sample(config, backbone, batch)
+            with clock.phase("score"):
+                scores = score(rollout, batch)
+                kl = torch.zeros_like(rollout.log_prob)
+                if config.kl_in == "reward":
+                    kl = sampled_kl(config, backbone, rollout)
+                returns = reward_returns(config, scores, kl, rollout)
+            with clock.phase("learn"):
+                facts = learn(config, backbone, rollout, returns)
+                norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
+                run.check_finite(step, loss=facts["loss"], **norms)
+                for optimizer in optimizers.values():
+                    optimizer.step(step)
+
+            metrics = {
+                "reward": scores.mean().item(),
+                "kl": kl.sum(1).mean().item(),  # nats per answer, sampled
+                **facts,  # with the exact "kl" where it is in the loss
+                **norms,
+                "length": rollout.completion_mask.sum(1).float().mean().item(),
+                "tokens_per_s": rollout.attention_mask.sum().item() / clock.total,
+                **clock.seconds(),
+                "peak_memory_bytes": peak.read(),
+            }
+            last = step == config.steps
+            validated = held_out and (step % config.validate_every == 0 or last)
+            if validated:
+                metrics |= evaluate(config, backbone, held_out, score)
+            if step % config.log_every == 0 or validated or last:
+                run.log(step, **metrics)
+            if step % config.samples_every == 0 or last:
+                write_samples(run, step, config, backbone, prompts, score)
+            if run.checkpoint_due(step):
+                save(run, step, backbone, optimizers, batches)
+        last = run.latest_checkpoint()
+        result = run.publish("policy", last)
+    return {"policy": str(result), "step": last.step} | run.metrics_at(last.step)
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def load_prompts(config: ReinforceConfig, path: str, backbone: Backbone) -> Encoded:
+    """Prompts that leave room for `max_new_tokens` in the context."""
+    context = backbone.config.max_position_embeddings
+    room = prompt_room(config.max_tokens, config.max_new_tokens, context)
+    rows = read_rows(path, config.format)
+    want_kind(rows, ["prompt"], "reinforce")
+    return encode_prompts(
+        rows,
+        backbone.tokenizer,
+        room,
+        truncate_prompts=config.truncate_prompts,
+        drop_long=config.drop_long,
+    )
+
+
+def with_text(encoded: Encoded) -> list[Prompt]:
+    return [Prompt(row["prompt"], ids) for row, ids in zip(encoded.rows, encoded, strict=True)]
+
+
+# ------------------------------------------------------------------------------------- rollout
+
+
+def sample(
+    config: ReinforceConfig,
+    backbone: Backbone,
+    prompts: list[Prompt],
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Answers of the policy, drawn from torch's own generator unless one is given."""
+    return generate(
+        backbone,
+        "policy",
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=generator,
+    )
+
+
+# --------------------------------------------------------------------------------------- score
+
+
+def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
+    """The reward model's score of prompt and answer, or what the user's function says of them."""
+    if config.reward_function is not None:
+        function = load_reward_function(config.reward_function)
+        return lambda rollout, prompts: torch.tensor(
+            function([p.text for p in prompts], rollout.texts(backbone.tokenizer)),
+            device=backbone.device,
+        )
+    backbone.load_role("reward", config.reward_model, scalar=True)
+
+    @torch.no_grad()
+    def score(rollout: Rollout, prompts: list[Prompt]) -> Tensor:
+        return torch.cat([
+            backbone.score("reward", rollout.sequences[rows], rollout.attention_mask[rows])
+            for rows in micro_batches(config.micro_batch_size, len(prompts))
+        ])  # fmt: skip
+
+    return score
+
+
+@torch.no_grad()
+def sampled_kl(
+    config: ReinforceConfig, backbone: Backbone, rollout: Rollout
+) -> Tensor:  # (B, T) float32
+    """log π − log π_anchor of the answers' tokens; 0 past an answer's end."""
+    head, ids = backbone.head(), rollout.completion_ids.where(rollout.completion_mask, -100)
+    ref_log_prob = [
+        pk.linear_log_prob(
+            answer_states(backbone, None, rollout, rows),
+            head.weight,
+            ids[rows],
+            bias=head.bias,
+            temperature=config.temperature,
+            softcap=head.softcap,
+        )
+        for rows in micro_batches(config.micro_batch_size, len(ids))
+    ]
+    return reinforce.k1(rollout.log_prob, torch.cat(ref_log_prob))
+
+
+def reward_returns(
+    config: ReinforceConfig, scores: Tensor, kl: Tensor, rollout: Rollout
+) -> Tensor:  # (B, T)
+    """Z_t: (1 − β) r, less β times the KL still to come where KL is part of the reward."""
+    rewards = reinforce.token_rewards(
+        scores,
+        kl,
+        rollout.completion_mask,
+        reward_coef=1.0 if config.kl_convention == "trl" else 1.0 - config.beta,
+        kl_coef=config.beta if config.kl_in == "reward" else 0.0,
+    )
+    return reinforce.returns(rewards, rollout.completion_mask)
+
+
+# --------------------------------------------------------------------------------------- learn
+
+
+def learn(
+    config: ReinforceConfig, backbone: Backbone, rollout: Rollout, returns: Tensor
+) -> dict[str, float]:
+    """Leaves the gradients of both losses in `.grad`, and returns facts about them.
+
+    The value goes first: its predictions before the update are the policy's baseline. Losses are
+    sums over rows divided by the batch's tokens, so they are the same however rows are split.
+    """
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    tokens, rows_of = mask.sum(), micro_batches(config.micro_batch_size, len(ids))
+    facts: dict[str, float] = {}
+
+    baseline: Tensor | float = 0.0
+    if config.baseline == "value":
+        predictions, total = [], 0.0
+        for rows in rows_of:
+            values = backbone.values("value", *inputs(rollout, rows))[:, rollout.prompt_len - 1 :]
+            loss = reinforce.value_loss(values, returns[rows], mask[rows]) / tokens
+            loss.backward()
+            predictions.append(values.detach())
+            total += loss.item()
+        baseline, facts["value_loss"] = torch.cat(predictions), total
+    elif config.baseline == "batch_mean":
+        baseline = reinforce.masked_mean(returns, mask)
+    advantage = reinforce.advantages(returns, baseline, mask, whiten=config.whiten_advantages)
+
+    head, in_loss = backbone.head("policy"), config.kl_in == "loss"
+    log_prob, entropy, total = [], [], 0.0
+    for rows in rows_of:
+        with torch.no_grad():
+            ref_hidden = answer_states(backbone, None, rollout, rows) if in_loss else None
+        out = pk.policy_loss(
+            answer_states(backbone, "policy", rollout, rows),
+            head.weight,
+            ids[rows],
+            advantage[rows],
+            ref_hidden=ref_hidden,
+            kl_coef=config.beta if in_loss else 0.0,
+            mask=mask[rows],
+            bias=head.bias,
+            temperature=config.temperature,
+            softcap=head.softcap,
+            reduction="sum",
+        )
+        (out.loss / tokens).backward()
+        total += (out.loss / tokens).item()
+        log_prob.append(out.log_prob)
+        entropy.append(out.entropy)
+        if in_loss:
+            facts["kl"] = facts.get("kl", 0.0) + out.kl.sum().item() / len(ids)
+    dlogp = (torch.cat(log_prob) - rollout.log_prob).abs()
+    return facts | {
+        "loss": total,
+        "entropy": reinforce.masked_mean(torch.cat(entropy), mask).item(),
+        "max_abs_dlogp": dlogp.masked_fill(~mask, 0.0).max().item(),
+    }
+
+
+def answer_states(
+    backbone: Backbone, role: str | None, rollout: Rollout, rows: slice
+) -> Tensor:  # (B, T, H)
+    """The hidden states that predict the answers' tokens: one position before each."""
+    return backbone.hidden(role, *inputs(rollout, rows))[:, rollout.prompt_len - 1 :]
+
+
+def inputs(rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
+    """Ids and mask of a forward pass; the last token predicts nothing."""
+    return rollout.sequences[rows, :-1], rollout.attention_mask[rows, :-1]
+
+
+# --------------------------------------------------------------------------------------- watch
+
+
+def evaluate(
+    config: ReinforceConfig, backbone: Backbone, prompts: list[Prompt], score: Scorer
+) -> dict[str, float]:
+    """Mean reward and KL of answers to held-out prompts, drawn with the same seed every time."""
+    generator = torch.Generator(backbone.device).manual_seed(config.seed)
+    scores, kl = [], []
+    for start in range(0, len(prompts), config.prompts_per_step):
+        batch = prompts[start : start + config.prompts_per_step]
+        rollout = sample(config, backbone, batch, generator)
+        scores.append(score(rollout, batch))
+        kl.append(sampled_kl(config, backbone, rollout).sum(1))
+    return {
+        "validation_reward": torch.cat(scores).mean().item(),
+        "validation_kl": torch.cat(kl).mean().item(),
+    }
+
+
+def write_samples(
+    run: Run,
+    step: int,
+    config: ReinforceConfig,
+    backbone: Backbone,
+    prompts: list[Prompt],
+    score: Scorer,
+) -> None:
+    """The same prompts with the same draws at every step, so that answers can be compared."""
+    generator = torch.Generator(backbone.device).manual_seed(config.seed)
+    batch = prompts[:SAMPLES]
+    rollout = sample(config, backbone, batch, generator)
+    rewards = score(rollout, batch).tolist()
+    answers = rollout.texts(backbone.tokenizer)
+    for prompt, answer, reward in zip(batch, answers, rewards, strict=True):
+        row = {"prompt": prompt.text, "completion": answer, "reward": reward}
+        run.append("samples.jsonl", {"step": step} | row)
+
+
+class Clock:
+    """Wall time of a step's phases, in seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.phases = device, {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.phases[name] = time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+    def seconds(self) -> dict[str, float]:
+        phases = {f"{name}_s": seconds for name, seconds in self.phases.items()}
+        return phases | {"step_s": self.total}

@@ -1,0 +1,337 @@
+"""The GPU kernels of the head, in Triton.
+
+    stats   one sweep over the head's weight: tiles of logits live in registers, float32, and are
+            folded into each row's state; with a reference, each weight tile serves both rows
+    grad    the same tiles again, written as dz for a bounded block of the vocabulary, which the
+            library's matrix products turn into dhidden (and dweight) with float32 sums
+
+The vocabulary is cut into splits that depend on its size alone, and a second kernel combines their
+states in order: a row's bits do not depend on the other rows of its batch. The largest temporary is
+one block of dz and one float32 block of dhidden, whatever N and V are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._softmax import empty_stats
+from .._triton import (
+    LOWEST,
+    add_product,
+    at,
+    dot,
+    fold,
+    logits_gradient,
+    on_device_of,
+    pick,
+    pinned,
+    precision,
+    transform,
+    transform_slope,
+    write_stats,
+)
+
+# grad works on blocks of this many rows, and of as many columns as keep dz within these bytes.
+BLOCK_ROWS = 4096
+BLOCK_BYTES = 128 * 2**20
+
+
+@triton.jit
+def _logits_tile(
+    hidden_ptr,  # (N, H)
+    ref_ptr,  # (N, H) or None
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,) or None
+    rows, columns,  # of this tile
+    N, H, V,
+    stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
+    inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """z and zq (BLOCK_N, BLOCK_V) of rows x columns, float32, -inf beyond V. Each tile of the
+    weight is read once for both; without a reference zq says nothing."""
+    in_rows, in_columns = rows[:, None] < N, columns[None, :] < V
+    z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    zq = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for first in range(0, H, BLOCK_H):
+        features = first + tl.arange(0, BLOCK_H)
+        inside = features[None, :] < H
+        weight_ptrs = at(weight_ptr, columns, features, stride_wv, stride_wh)
+        weight = tl.load(weight_ptrs, mask=(columns[:, None] < V) & inside, other=0.0)
+        hidden_ptrs = at(hidden_ptr, rows, features, stride_hn, stride_hh)
+        hidden = tl.load(hidden_ptrs, mask=in_rows & inside, other=0.0)
+        z = dot(hidden, weight.T, z, PRECISION)
+        if ref_ptr is not None:
+            ref_ptrs = at(ref_ptr, rows, features, stride_qn, stride_qh)
+            ref = tl.load(ref_ptrs, mask=in_rows & inside, other=0.0)
+            zq = dot(ref, weight.T, zq, PRECISION)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        z += bias
+        if ref_ptr is not None:
+            zq += bias
+    z = transform(z, inverse_temperature, softcap, HAS_SOFTCAP)
+    z = tl.where(in_columns, z, float("-inf"))
+    if ref_ptr is not None:
+        zq = transform(zq, inverse_temperature, softcap, HAS_SOFTCAP)
+        zq = tl.where(in_columns, zq, float("-inf"))
+    return z, zq
+
+
+@triton.jit
+def _head_stats_kernel(
+    hidden_ptr,  # (N, H)
+    ref_ptr,  # (N, H) or None
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,) or None
+    target_ptr,  # (N,) or None
+    state_ptr,  # (8 or 4, SPLITS, N) float32: m, l, u, t, and with a reference mq, lq, d, tq
+    N, H, V, splits, split_v,
+    stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
+    inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The state of one block of rows over one split of the vocabulary"""
+    pid, n_blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    n_block, split = tl.swizzle2d(pid // splits, pid % splits, n_blocks, splits, GROUP)
+    rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    if target_ptr is not None:
+        target = tl.load(target_ptr + rows, mask=in_rows, other=-1)
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    ell, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    for first in range(split * split_v, min(split * split_v + split_v, V), BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        z, zq = _logits_tile(
+            hidden_ptr, ref_ptr, weight_ptr, bias_ptr, rows, columns, N, H, V,
+            stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
+            inverse_temperature, softcap, HAS_SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        m, ell, u, mq, lq, d = fold(z, zq, m, ell, u, mq, lq, d, ref_ptr is not None)
+        if target_ptr is not None:
+            t = pick(z, columns, target, t)
+            if ref_ptr is not None:
+                tq = pick(zq, columns, target, tq)
+    field = tl.cast(splits, tl.int64) * N
+    out_ptrs = state_ptr + split.to(tl.int64) * N + rows
+    tl.store(out_ptrs, m, mask=in_rows)
+    tl.store(out_ptrs + field, ell, mask=in_rows)
+    tl.store(out_ptrs + 2 * field, u, mask=in_rows)
+    tl.store(out_ptrs + 3 * field, t, mask=in_rows)
+    if ref_ptr is not None:
+        tl.store(out_ptrs + 4 * field, mq, mask=in_rows)
+        tl.store(out_ptrs + 5 * field, lq, mask=in_rows)
+        tl.store(out_ptrs + 6 * field, d, mask=in_rows)
+        tl.store(out_ptrs + 7 * field, tq, mask=in_rows)
+
+
+@triton.jit
+def _head_combine_kernel(
+    state_ptr,  # (8 or 4, SPLITS, N) float32
+    target_ptr,  # (N,) or None
+    log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr,  # (N,) float32
+    ref_log_prob_ptr, gap_ptr, kl_ptr,  # (N,) float32
+    N, splits, ignore_index,
+    HAS_REF: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The states of all splits, in order, as the row's statistics"""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    field = tl.cast(splits, tl.int64) * N
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    ell, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    part_ptrs = state_ptr + rows
+    for _ in range(splits):
+        m_part = tl.load(part_ptrs, mask=in_rows, other=0.0)
+        l_part = tl.load(part_ptrs + field, mask=in_rows, other=1.0)
+        u_part = tl.load(part_ptrs + 2 * field, mask=in_rows, other=0.0)
+        t += tl.load(part_ptrs + 3 * field, mask=in_rows, other=0.0)
+        m_new = tl.maximum(m, m_part)
+        up, up_part = m - m_new, m_part - m_new
+        shrink, shrink_part = tl.exp(up), tl.exp(up_part)
+        u = (u + ell * up) * shrink + (u_part + l_part * up_part) * shrink_part
+        if HAS_REF:
+            mq_part = tl.load(part_ptrs + 4 * field, mask=in_rows, other=0.0)
+            lq_part = tl.load(part_ptrs + 5 * field, mask=in_rows, other=1.0)
+            d_part = tl.load(part_ptrs + 6 * field, mask=in_rows, other=0.0)
+            tq += tl.load(part_ptrs + 7 * field, mask=in_rows, other=0.0)
+            mq_new = tl.maximum(mq, mq_part)
+            lq = lq * tl.exp(mq - mq_new) + lq_part * tl.exp(mq_part - mq_new)
+            mq = mq_new
+            d = d * shrink + d_part * shrink_part
+        ell = ell * shrink + l_part * shrink_part
+        m = m_new
+        part_ptrs += N
+    counted = in_rows
+    if target_ptr is not None:
+        counted = tl.load(target_ptr + rows, mask=in_rows, other=ignore_index) != ignore_index
+    write_stats(
+        log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr, ref_log_prob_ptr, gap_ptr, kl_ptr,
+        rows, in_rows, counted, m, ell, u, t, mq, lq, d, tq, target_ptr is not None, HAS_REF,
+    )  # fmt: skip
+
+
+@triton.jit
+def _head_dz_kernel(
+    hidden_ptr,  # (N, H)
+    ref_ptr,  # (N, H), or None without d_kl
+    weight_ptr,  # (V, H): a block of the vocabulary that starts at first_column
+    bias_ptr,  # (V,) or None
+    target_ptr,  # (N,) or None
+    peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,  # (N,) float32
+    d_log_prob_ptr, d_entropy_ptr, d_kl_ptr,  # (N,) float32 or None
+    dz_ptr,  # (N, V)
+    N, H, V, first_column, ignore_index,
+    stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
+    inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """d loss / d (hidden weight^T) of one tile"""
+    pid, n_blocks, v_blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
+    n_block, v_block = tl.swizzle2d(pid // v_blocks, pid % v_blocks, n_blocks, v_blocks, GROUP)
+    rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    z, zq = _logits_tile(
+        hidden_ptr, ref_ptr, weight_ptr, bias_ptr, rows, columns, N, H, V,
+        stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
+        inverse_temperature, softcap, HAS_SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    dz = logits_gradient(
+        z, zq, rows, rows < N, first_column + columns, target_ptr,
+        peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,
+        d_log_prob_ptr, d_entropy_ptr, d_kl_ptr, ignore_index,
+    )  # fmt: skip
+    dz *= transform_slope(z, inverse_temperature, softcap, HAS_SOFTCAP)
+    dz_ptrs = at(dz_ptr, rows, columns, V, 1)
+    tl.store(dz_ptrs, dz, mask=(rows[:, None] < N) & (columns[None, :] < V))
+
+
+# ------------------------------------------------------------------------------------------------
+# The two entry points: arguments and results as in op.py
+# ------------------------------------------------------------------------------------------------
+
+
+def stats(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (N,)
+    ref_hidden: Tensor | None,  # (N, H)
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:  # the fields of Stats
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    has_ref = ref_hidden is not None
+    out = empty_stats(hidden, rows, target is not None, has_ref)
+    if rows == 0:
+        return tuple(out)
+    tile = pinned("head_stats_ref" if has_ref else "head_stats", hidden)
+    blocks = triton.cdiv(vocabulary, tile["BLOCK_V"])
+    split_v = triton.cdiv(blocks, tile.pop("SPLITS")) * tile["BLOCK_V"]
+    splits = triton.cdiv(vocabulary, split_v)
+    state = out.peak.new_empty(8 if has_ref else 4, splits, rows)
+    with on_device_of(hidden):
+        _head_stats_kernel[(triton.cdiv(rows, tile["BLOCK_N"]) * splits,)](
+            hidden, ref_hidden, weight, bias, target, state,
+            rows, hidden.shape[1], vocabulary, splits, split_v,
+            *_strides(hidden, ref_hidden, weight), *_transform_arguments(temperature, softcap),
+            HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
+        )  # fmt: skip
+        _head_combine_kernel[(triton.cdiv(rows, 128),)](
+            state, target, *out, rows, splits, ignore_index,
+            HAS_REF=has_ref, BLOCK_N=128, num_warps=4,
+        )  # fmt: skip
+    return tuple(out)
+
+
+def grad(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (N,)
+    ref_hidden: Tensor | None,  # (N, H)
+    peak: Tensor,  # (N,) float32, as all below
+    log_sum: Tensor,
+    entropy: Tensor,
+    gap: Tensor,
+    d_log_prob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_kl: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # dhidden (N, H), dweight (V, H), dbias (V,) float32
+    total, vocabulary = hidden.shape[0], weight.shape[0]
+    known = (peak, log_sum, entropy, gap)
+    incoming = [None if d is None else d.contiguous() for d in (d_log_prob, d_entropy, d_kl)]
+    dhidden = hidden.new_zeros(hidden.shape if need_dhidden else (0,))
+    dweight = peak.new_zeros(weight.shape if need_dweight else (0,))
+    dbias = peak.new_zeros(weight.shape[:1] if need_dbias else (0,))
+    if total > 0 and any(d is not None for d in incoming):
+        rows = min(total, BLOCK_ROWS)
+        columns = min(vocabulary, max(256, BLOCK_BYTES // (rows * hidden.element_size())))
+        buffer = hidden.new_empty(rows * columns)
+        for i in range(0, total, rows):
+            in_rows = slice(i, min(i + rows, total))
+            sums = peak.new_zeros(hidden[in_rows].shape) if need_dhidden else None
+            for first in range(0, vocabulary, columns):
+                block = slice(first, min(first + columns, vocabulary))
+                dz = buffer[: (in_rows.stop - i) * (block.stop - first)].view(in_rows.stop - i, -1)
+                _write_dz(
+                    dz, hidden, weight, bias, target, ref_hidden, known, incoming,
+                    temperature, softcap, ignore_index, in_rows, block,
+                )  # fmt: skip
+                if need_dhidden:
+                    add_product(sums, dz, weight[block])
+                if need_dweight:
+                    add_product(dweight[block], dz.T, hidden[in_rows])
+                if need_dbias:
+                    dbias[block] += dz.sum(0, dtype=torch.float32)
+            if need_dhidden:
+                dhidden[in_rows] = sums
+    return dhidden, dweight.to(weight.dtype), dbias
+
+
+def _write_dz(
+    dz, hidden, weight, bias, target, ref_hidden, known, incoming,
+    temperature, softcap, ignore_index, rows, columns,
+):  # fmt: skip
+    """dz (rows, columns) of the [N, V] gradient, in hidden's dtype"""
+
+    def part(column: Tensor | None) -> Tensor | None:
+        return column[rows] if column is not None and column.numel() else None
+
+    d_kl = incoming[2]
+    ref = None if d_kl is None else ref_hidden[rows]
+    hidden, weight = hidden[rows], weight[columns]
+    bias = None if bias is None else bias[columns]
+    tile = pinned("head_dz" if ref is None else "head_dz_ref", hidden)
+    programs = triton.cdiv(dz.shape[0], tile["BLOCK_N"]) * triton.cdiv(dz.shape[1], tile["BLOCK_V"])
+    with on_device_of(hidden):
+        _head_dz_kernel[(programs,)](
+            hidden, ref, weight, bias, *(part(t) for t in (target, *known, *incoming)), dz,
+            dz.shape[0], hidden.shape[1], dz.shape[1], columns.start, ignore_index,
+            *_strides(hidden, ref, weight), *_transform_arguments(temperature, softcap),
+            HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
+        )  # fmt: skip
+
+
+def _strides(hidden: Tensor, ref: Tensor | None, weight: Tensor) -> tuple[int, ...]:
+    return (*hidden.stride(), *(hidden if ref is None else ref).stride(), *weight.stride())
+
+
+def _transform_arguments(temperature: float, softcap: float) -> tuple[float, float]:
+    """1 / temperature and softcap, as `transform` wants them."""
+    return 1.0 / temperature, softcap

@@ -1,0 +1,443 @@
+"""PEFT's adapter files, in and out, and PEFT's own layers on our op.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. Ours loads in the peft package
+(`PeftModel.from_pretrained(model, folder)`) and PEFT's loads here, with equal outputs. Nothing is
+unpickled. What a folder asks for and plain LoRA does not have (DoRA, a trained bias, ...) is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapters import (
+    CLASSIFIER_HEADS,
+    LoRAConfig,
+    adapter_names,
+    apply_lora,
+    find_targets,
+    lora_layers,
+)
+from .layers import Adapter, LoRALinear, features_of, is_linear
+from .lora_linear import lora_linear
+
+__all__ = ["accelerate_peft", "load_adapter", "save_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASKS = (
+    "CAUSAL_LM",
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+    None,
+)
+
+
+# ------------------------------------------------------------------------------------------------
+# Save
+# ------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    task_type: str | None = "CAUSAL_LM",
+    modules_to_save: dict[str, Tensor] | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Write one adapter as a PEFT folder; files of an earlier save there are replaced.
+
+    Each file is written beside its place and moved there when complete, the configuration last.
+
+    Args:
+        task_type: PEFT's name of what the adapter is for. A reward adapter trained on a causal LM
+            with its own scalar head is saved for AutoModelForSequenceClassification(num_labels=1):
+
+                save_adapter(model, folder, "reward", task_type="SEQ_CLS",
+                             modules_to_save={"score.weight": head.weight})       # (1, H)
+
+            and load_adapter gives the same dictionary back.
+        modules_to_save: tensors of a classification head, trained in full, by their name in the
+            model that will load them: "score.weight" or "classifier.weight", and ".bias".
+        base_model_name_or_path: written for readers. None: where transformers loaded it from.
+
+    Raises:
+        ValueError: no such adapter, an unknown task type or head, or an adapter on the output
+            embedding in a folder for SEQ_CLS, whose model has none.
+    """
+    layers = lora_layers(model, adapter_name)
+    modules_to_save = modules_to_save or {}
+    if task_type not in _TASKS:
+        raise ValueError(f"task_type is {task_type!r}; wanted one of {_TASKS}")
+    for key in modules_to_save:
+        _check_head(key)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, layer in layers.items():
+        if task_type == "SEQ_CLS" and layer is output:
+            raise ValueError(
+                f"{name} has adapter {adapter_name!r}, and a SEQ_CLS model has no output "
+                "embedding; leave it out of target_modules"
+            )
+    if base_model_name_or_path is None:
+        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    adapters = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
+    r = _most_common(adapter.r for adapter in adapters.values())
+    alpha = _most_common(adapter.alpha for adapter in adapters.values())
+    first = next(iter(adapters.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.use_rslora,
+        "target_modules": _short_names(model, list(layers)),
+        "rank_pattern": {_exactly(n): a.r for n, a in adapters.items() if a.r != r},
+        "alpha_pattern": {_exactly(n): a.alpha for n, a in adapters.items() if a.alpha != alpha},
+        "fan_in_fan_out": all(layer.transposed for layer in layers.values()),
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": sorted({key.rpartition(".")[0] for key in modules_to_save}) or None,
+    }
+    tensors = {_PREFIX + key: tensor for key, tensor in modules_to_save.items()}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / TENSOR_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _write(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _most_common(values: Iterable[float]) -> float:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _exactly(name: str) -> str:
+    """A pattern that matches this module only: PEFT puts `(.*\\.)?(` before and `)$` behind it."""
+    return "^" + re.escape(name)
+
+
+def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+    """["q_proj", "v_proj"] where these last parts match exactly `names`, else the full names."""
+    short = {name.rpartition(".")[2] for name in names}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if matched == set(names) else names)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Load
+# ------------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Put the adapter of a PEFT folder on `model`, under any name.
+
+    Where the model has no adapter of that name it gets one as `apply_lora` would make it, with the
+    folder's configuration: active if it is the model's first, else waiting for `set_adapter`.
+    Where it has one, its tensors are replaced; modules, ranks and scales must agree, and dropout
+    and dtype stay as they are in the model.
+
+    Returns:
+        The folder's modules_to_save on the CPU, {"score.weight": (1, H)} for a reward adapter, {}
+        for most. A head that the model has itself gets these values too.
+
+    Raises:
+        FileNotFoundError: the folder has no adapter in safetensors.
+        ValueError: the folder asks for something that is not supported, or does not fit the model;
+            nothing is changed.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    try:
+        targets = find_targets(model, config)
+        _check_shapes(model, targets, config, tensors)
+        exists = adapter_name in adapter_names(model)
+        if exists:
+            _check_same(lora_layers(model, adapter_name), adapter_name, targets, config)
+        heads = _split_heads(model, targets, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+    if not exists:
+        apply_lora(model, config, adapter_name)
+    with torch.no_grad():
+        for name, layer in lora_layers(model, adapter_name).items():
+            layer.lora_A[adapter_name].copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B[adapter_name].copy_(tensors[f"{name}.lora_B.weight"])
+        parameters = dict(model.named_parameters())
+        for key in heads.keys() & parameters.keys():
+            parameters[key].copy_(heads[key])
+    return heads
+
+
+# Keys of adapter_config.json that are read here, and those that change nothing when an adapter is
+# used. Every other key must have a value that means "off".
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern",
+    "alpha_pattern", "init_lora_weights", "modules_to_save",
+}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+_OFF = (None, False, "none", [], {})
+_INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def _read_config(folder: Path) -> LoRAConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}; wanted a PEFT adapter folder")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if given.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {given.get('peft_type')!r}; wanted 'LORA'")
+    init = given.get("init_lora_weights", True)
+    if init not in _INITS_THAT_KEEP_THE_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights; convert the "
+            "adapter to plain LoRA with peft first"
+        )
+    for key, value in given.items():
+        if key not in _READ and key not in _WITHOUT_EFFECT and value not in _OFF:
+            raise ValueError(
+                f"{path}: {key} is {value!r}, which is not supported; wanted a plain LoRA adapter"
+            )
+    for name in given.get("modules_to_save") or ():
+        _check_head(f"{name}.weight")
+    try:
+        return LoRAConfig(
+            r=given["r"],
+            alpha=given["lora_alpha"],
+            target_modules=given["target_modules"],
+            dropout=given.get("lora_dropout", 0.0),
+            use_rslora=given.get("use_rslora", False),
+            rank_pattern=given.get("rank_pattern") or {},
+            alpha_pattern=given.get("alpha_pattern") or {},
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} has no key {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TENSOR_FILE}; save the adapter as safetensors, pickles are not read"
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _check_head(key: str) -> None:
+    module = key.rpartition(".")[0]
+    if module not in CLASSIFIER_HEADS:
+        raise ValueError(
+            f"modules_to_save has {module or key!r}; wanted parameters of a classification head, "
+            f"{' or '.join(CLASSIFIER_HEADS)}"
+        )
+
+
+def _check_shapes(
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    config: LoRAConfig,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Every target has both tensors, in the shapes that its base and its rank ask for."""
+    for name, module in targets.items():
+        r, (out_features, in_features) = config.rank_of(name), features_of(module)
+        for factor, wanted in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
+            tensor = tensors.get(f"{name}.{factor}.weight")
+            if tensor is None:
+                raise ValueError(f"{name}.{factor} is missing; the adapter is of another model")
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"{name}.{factor} has shape {tuple(tensor.shape)}, this {type(model).__name__} "
+                    f"wants {wanted}; the adapter is of another model"
+                )
+
+
+def _check_same(
+    layers: dict[str, LoRALinear],
+    adapter_name: str,
+    targets: dict[str, nn.Module],
+    config: LoRAConfig,
+) -> None:
+    """The adapter that the model has is the folder's in everything but its values."""
+    if different := layers.keys() ^ targets.keys():
+        raise ValueError(
+            f"{sorted(different)[0]} has adapter {adapter_name!r} only in the "
+            f"{'folder' if different & targets.keys() else 'model'}; choose another adapter_name"
+        )
+    for name, layer in layers.items():
+        here = layer.adapters[adapter_name]
+        there = Adapter(config.rank_of(name), config.alpha_of(name), 0.0, config.use_rslora)
+        if layer.merged == adapter_name:
+            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_lora(model) first")
+        if (here.r, here.scale) != (there.r, there.scale):
+            raise ValueError(
+                f"{name} has adapter {adapter_name!r} with r={here.r} and scale={here.scale}, the "
+                f"folder r={there.r} and scale={there.scale}; choose another adapter_name"
+            )
+
+
+def _split_heads(
+    model: nn.Module, targets: dict[str, nn.Module], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the folder has beside the adapter: heads, or base weights equal to the model's.
+
+    PEFT writes the base weight of an adapted lm_head, and of resized embeddings, into the file.
+    """
+    heads = {}
+    parameters = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    of_targets = {f"{name}.{factor}.weight" for name in targets for factor in ("lora_A", "lora_B")}
+    for key, tensor in tensors.items():
+        if key in of_targets:
+            continue
+        is_head = key.rpartition(".")[0] in CLASSIFIER_HEADS
+        here = parameters.get(key.replace(".base_layer.", "."))
+        if here is None and not is_head:
+            raise ValueError(f"{key} is unexpected; the adapter is of another model")
+        if here is not None and here.shape != tensor.shape:
+            raise ValueError(
+                f"{key} has shape {tuple(tensor.shape)}, this {type(model).__name__} wants "
+                f"{tuple(here.shape)}; give the model the size that it had in training"
+            )
+        if is_head:
+            heads[key] = tensor
+        elif not torch.equal(tensor.to(here), here):
+            raise ValueError(
+                f"{key} differs from the model's own; trained base weights are not supported"
+            )
+    return heads
+
+
+# ------------------------------------------------------------------------------------------------
+# PEFT's own layers, on our op
+# ------------------------------------------------------------------------------------------------
+
+
+def accelerate_peft(peft_model: nn.Module) -> nn.Module:
+    """Let the LoRA layers that the peft package put on a model compute through `lora_linear`.
+
+    In place. Parameters, state_dict keys, saving, set_adapter, disable_adapter and merging are
+    PEFT's and unchanged: a layer looks at its active adapters in every call. What is not plain
+    LoRA on nn.Linear or Conv1D (DoRA and other variants, a bias in lora_B, several active adapters,
+    adapter_names, quantised bases, embeddings, modules with hooks) is computed by PEFT itself.
+    Call it again after adding an adapter with new target modules.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: the model has no LoRA layer of PEFT's that this can serve.
+    """
+    fused_linear = _fused_linear_class()
+    plain_linear = fused_linear.__bases__[1]
+    for module in peft_model.modules():
+        if type(module) is plain_linear and is_linear(module.base_layer):
+            module.__class__ = fused_linear
+    if not any(isinstance(module, fused_linear) for module in peft_model.modules()):
+        raise ValueError(
+            f"{type(peft_model).__name__} has no LoRA layer of peft on nn.Linear or Conv1D; wrap "
+            "it with peft.get_peft_model first, or use apply_lora"
+        )
+    return peft_model
+
+
+@functools.cache
+def _fused_linear_class() -> type:
+    try:
+        from peft.tuners.lora.layer import Linear
+    except ImportError:
+        raise ImportError("accelerate_peft needs the peft package: pip install peft") from None
+    return type("FusedLinear", (_FusedForward, Linear), {"__module__": __name__})
+
+
+class _FusedForward:
+    """The forward of peft's lora.Linear, where it is plain LoRA with one adapter; else PEFT's."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        name = None if args or kwargs else self._plain_adapter(x.dtype)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        return lora_linear(
+            x,
+            base.weight if isinstance(base, nn.Linear) else base.weight.t(),
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            bias=base.bias,
+            scale=self.scaling[name],
+            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    def _plain_adapter(self, dtype: torch.dtype) -> str | None:
+        """The adapter to fuse with an x of that dtype; None where PEFT has to compute."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or names[0] in self.lora_variant or self.base_layer.weight.requires_grad:
+            return None
+        a, b = self.lora_A[names[0]], self.lora_B[names[0]]
+        fits = a.weight.dtype == dtype or (
+            a.weight.dtype == torch.float32 and dtype != torch.float64
+        )
+        hooked = any(_has_hooks(module) for module in (self.base_layer, a, b))
+        return names[0] if fits and not hooked and b.bias is None else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -1,0 +1,446 @@
+"""Every Triton kernel against float64, on CPU tensors: run by test_triton.py, or by hand with
+
+TRITON_INTERPRET=1 pytest tests/interpreter_triton.py
+"""
+
+import pytest
+import torch
+from _compare import check_law, doubled
+
+import perl_kernels as pk
+from perl_kernels import _dropout
+from perl_kernels._library import triton_interpreted
+from perl_kernels.head import reference as head
+from perl_kernels.head import triton as head_kernels
+from perl_kernels.log_prob import reference as logits_room
+from perl_kernels.lora_linear import reference as lora
+from perl_kernels.lora_linear import triton as lora_kernels
+
+assert triton_interpreted(), "set TRITON_INTERPRET=1 before pytest starts"
+# masked lanes of a tile hold -inf, whose differences numpy warns about before `where` drops them
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(poisoned_memory):
+    with pk.use_backend("triton"):
+        yield
+
+
+def gradients(outputs, incoming, tensors):
+    leaves = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    total = sum((o * i.to(o.dtype)).sum() for o, i in zip(outputs, incoming, strict=True))
+    found = torch.autograd.grad(total, list(leaves.values()))
+    return {f"d{name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def compare(ours, theirs, exact, dtype, **scales):
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype, scales.get(name))
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_linear
+# ------------------------------------------------------------------------------------------------
+
+# (N, D, O, R) beside tiles of 16, 32, 32 and 16: 37 = two tiles and five rows, and past one split
+# of rows; 123, 45, 70: multiples of none. R = 5, 80: below and above one block. N = 1: decode;
+# 7: all in one tile. 70: past the fused kernel's limit. D = 3: less than one Philox group.
+LORA_SIZES = [(37, 123, 45, 5), (1, 64, 33, 16), (7, 3, 1, 1), (70, 96, 70, 80)]
+
+
+def make_lora(n, d, o, r, dtype, adapter_dtype=None):
+    return {
+        "x": torch.randn(n, d).to(dtype).requires_grad_(),
+        "weight": (torch.randn(o, d) / d**0.5).to(dtype),
+        "a": (torch.randn(r, d) / d**0.5).to(adapter_dtype or dtype).requires_grad_(),
+        "b": torch.randn(o, r).to(adapter_dtype or dtype).requires_grad_(),
+        "bias": torch.randn(o).to(dtype).requires_grad_() if r % 2 else None,
+    }
+
+
+def plain_lora(x, weight, a, b, bias, **options):
+    return lora.lora_linear(x, weight, a.to(x.dtype), b.to(x.dtype), bias=bias, **options)
+
+
+def seeded_lora(x, weight, a, b, bias, scale, dropout_p, seed):
+    biases = [] if bias is None else [bias]
+    y, _ = torch.ops.perl_kernels.lora_linear(
+        x, [weight], biases, [a], [b], [scale], dropout_p, seed
+    )
+    return y[0]
+
+
+def run_lora(function, tensors, dy, **options):
+    y = function(**tensors, **options)
+    return {"y": y.detach(), **gradients((y,), (dy,), tensors)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", LORA_SIZES, ids=str)
+def test_lora_linear(sizes, dtype):
+    tensors, dy = make_lora(*sizes, dtype), torch.randn(sizes[0], sizes[2]).to(dtype)
+    compare(
+        run_lora(pk.lora_linear, tensors, dy, scale=0.7),
+        run_lora(plain_lora, tensors, dy, scale=0.7),
+        run_lora(plain_lora, doubled(tensors), dy, scale=0.7),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("sizes", LORA_SIZES, ids=str)
+def test_both_ways_to_y(monkeypatch, sizes):
+    """All of y in one kernel, and with the base by the library: any N may take either."""
+    tensors, dy = make_lora(*sizes, torch.float32), torch.randn(sizes[0], sizes[2])
+    theirs = run_lora(plain_lora, tensors, dy, scale=0.7)
+    exact = run_lora(plain_lora, doubled(tensors), dy, scale=0.7)
+    for limit in (0, 2**31):
+        monkeypatch.setattr(lora_kernels, "FUSED_TOKENS", {4: limit})
+        compare(run_lora(pk.lora_linear, tensors, dy, scale=0.7), theirs, exact, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(37, 123, 45, 5), (7, 3, 1, 1), (19, 64, 33, 80)], ids=str)
+def test_dropout(sizes, dtype):
+    tensors, dy = make_lora(*sizes, dtype), torch.randn(sizes[0], sizes[2]).to(dtype)
+    options = {"scale": 0.7, "dropout_p": 0.3, "seed": torch.tensor(2**62 + 12345)}
+    compare(
+        run_lora(seeded_lora, tensors, dy, **options),
+        run_lora(plain_lora, tensors, dy, **options),
+        run_lora(plain_lora, doubled(tensors), dy, **options),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
+def test_the_mask_is_the_references_bit_for_bit(p):
+    """Each kernel that draws the mask, made to show it: identity adapters, a zero base."""
+    n, d = 37, 123
+    seed = torch.tensor(-(2**61) - 7)
+    kept = _dropout.keep_mask(seed, n, d, p).float() * torch.tensor(1.0 / (1.0 - p))
+    assert p < 0.1 or 0 < kept.count_nonzero() < n * d
+    ones, eye, base = torch.ones(n, d), torch.eye(d), torch.zeros(d, d)
+    y, s = lora_kernels.forward(ones, [base], [], [eye], [eye], [1.0], p, seed)
+    assert torch.equal(s, kept) and torch.equal(y[0], kept)
+    dx, _, _ = lora_kernels.backward(
+        [ones], ones, [base], [eye], [eye], [1.0], p, seed, s, True, True
+    )
+    assert torch.equal(dx, kept)
+    # rank N, ds = the identity: da = drop(x)
+    _, da, _ = lora_kernels.backward(
+        [torch.eye(n)], ones, [torch.zeros(n, d)], [torch.zeros(n, d)], [torch.eye(n)], [1.0],
+        p, seed, torch.zeros(n, n), False, True,
+    )  # fmt: skip
+    assert torch.equal(da[0], kept)
+
+
+def test_projections_that_share_x_and_its_mask():
+    x = torch.randn(37, 70).requires_grad_()
+    shapes = [(40, 5), (33, 16), (1, 24)]
+    weight = [torch.randn(o, 70) / 8 for o, _ in shapes]
+    bias = [torch.randn(o) for o, _ in shapes]
+    a = [(torch.randn(r, 70) / 8).requires_grad_() for _, r in shapes]
+    b = [torch.randn(o, r, requires_grad=True) for o, r in shapes]
+    scale, seed = [0.5, 2.0, -1.0], torch.tensor(99)
+    dy = [torch.randn(37, o) for o, _ in shapes]
+
+    def run(x, weight, bias, a, b, dy, together):
+        if together:
+            y, _ = torch.ops.perl_kernels.lora_linear(x, weight, bias, a, b, scale, 0.25, seed)
+        else:
+            y = [
+                lora.lora_linear(x, w, p, q, bias=c, scale=k, dropout_p=0.25, seed=seed)
+                for w, c, p, q, k in zip(weight, bias, a, b, scale, strict=True)
+            ]
+        found = [*(t.detach() for t in y), *torch.autograd.grad(y, [x, *a, *b], dy)]
+        return dict(enumerate(found))
+
+    def twice(tensors):
+        return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+    given = (weight, bias, a, b, dy)
+    exact = run(*twice([x]), *map(twice, given), False)
+    compare(run(x, *given, True), run(x, *given, False), exact, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case", ["strided x", "transposed weight", "3-D x", "expanded dy", "N = 0", "float32 adapters"]
+)
+def test_layouts(case):
+    dtype = torch.float16 if case == "float32 adapters" else torch.float32
+    tensors = make_lora(18, 72, 40, 7, dtype, adapter_dtype=torch.float32)
+    if case == "strided x":
+        tensors["x"] = torch.randn(18, 144)[:, ::2].detach().requires_grad_()
+    elif case == "transposed weight":
+        tensors["weight"] = torch.randn(72, 40).t() / 8
+    elif case == "3-D x":
+        tensors["x"] = torch.randn(3, 6, 72).requires_grad_()
+    elif case == "N = 0":
+        tensors["x"] = torch.randn(0, 72).requires_grad_()
+    dy = torch.randn(*tensors["x"].shape[:-1], 40).to(dtype)
+    if case == "expanded dy":
+        dy = torch.randn(1, 1).expand(18, 40)
+    ours = run_lora(pk.lora_linear, tensors, dy, scale=3.0)
+    theirs = run_lora(plain_lora, tensors, dy, scale=3.0)
+    compare(ours, theirs, run_lora(plain_lora, doubled(tensors), dy, scale=3.0), dtype)
+    assert ours["da"].dtype == ours["db"].dtype == torch.float32
+
+
+def test_only_the_wanted_gradients():
+    tensors, dy = make_lora(20, 40, 33, 5, torch.float32), torch.randn(20, 33)
+    expected = run_lora(plain_lora, tensors, dy, scale=1.0)
+    for frozen in (["x"], ["a", "b"]):
+        some = {k: t.detach() if k in frozen else t for k, t in tensors.items()}
+        found = run_lora(pk.lora_linear, some, dy, scale=1.0)
+        assert not {f"d{name}" for name in frozen} & found.keys()
+        torch.testing.assert_close(found, {name: expected[name] for name in found})
+
+
+# ------------------------------------------------------------------------------------------------
+# head
+# ------------------------------------------------------------------------------------------------
+
+# (N, H, V) beside tiles of 16, 32 and 256 columns in two splits. 37: past one group of two row
+# tiles; 1003: two tiles a split, the last one partial. N = 1, V = 2: the smallest choice.
+HEAD_SIZES = [(37, 33, 1003), (1, 8, 2), (7, 123, 300)]
+OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 1.3, "softcap": 2.0}]
+
+
+def make_head(n, h, v, dtype, bias=True, trainable_head=False):
+    return {
+        "hidden": (2 * torch.randn(n, h)).to(dtype).requires_grad_(),
+        "weight": (torch.randn(v, h) / h**0.5).to(dtype).requires_grad_(trainable_head),
+        "bias": torch.randn(v).to(dtype).requires_grad_(trainable_head) if bias else None,
+    }
+
+
+def make_target(n, v):
+    target = torch.randint(0, v, (n,))
+    target[0], target[-1] = 0, v - 1  # the two edge columns
+    if n > 2:
+        target[1] = -100
+    return target
+
+
+def near(tensor, step=0.3):
+    """A reference's tensor beside a policy's."""
+    moved = tensor.detach().float() + step * torch.randn(tensor.shape)
+    return moved.to(tensor.dtype)
+
+
+def rms_of_log_ratio(kl):
+    """The size of the terms a KL adds up: it is about half their mean square."""
+    return (2 * kl.mean().item()) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+def test_linear_log_prob(sizes, options, dtype):
+    n, _, v = sizes
+    tensors = make_head(*sizes, dtype, bias=bool(options), trainable_head=True)
+    target, incoming = make_target(n, v), (torch.randn(n), torch.randn(n))
+
+    def run(function, tensors, **more):
+        found = function(**tensors, target=target, **options, **more)
+        return {
+            "log_prob": found[0].detach(),
+            "entropy": found[1].detach(),
+            **gradients(found, incoming, tensors),
+        }
+
+    compare(
+        run(pk.linear_log_prob, tensors, return_entropy=True),
+        run(head.linear_log_prob, tensors),
+        run(head.linear_log_prob, doubled(tensors)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=str)
+@pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)
+def test_linear_kl(sizes, options, dtype):
+    n, _, v = sizes
+    tensors = make_head(*sizes, dtype)
+    tensors["ref_hidden"] = near(tensors["hidden"])
+    incoming = (torch.randn(n),)
+
+    def run(function, tensors):
+        found = function(**tensors, **options)
+        kl = found.kl if isinstance(found, tuple) else found
+        return {"kl": kl.detach(), **gradients((kl,), incoming, tensors)}
+
+    exact = run(head.linear_kl, doubled(tensors))
+    theirs = run(head.linear_kl, tensors)
+    scale = rms_of_log_ratio(exact["kl"])
+    compare(run(pk.linear_kl, tensors), theirs, exact, dtype, kl=scale)
+
+
+def test_linear_kl_with_targets():
+    tensors = make_head(20, 12, 301, torch.float32)
+    ref_hidden, target = near(tensors["hidden"]), make_target(20, 301)
+    found = pk.linear_kl(**tensors, ref_hidden=ref_hidden, target=target)
+    log_prob, entropy = head.linear_log_prob(**tensors, target=target)
+    moved = {**tensors, "hidden": ref_hidden}
+    ref_log_prob, _ = head.linear_log_prob(**moved, target=target)
+    kl = head.linear_kl(**tensors, ref_hidden=ref_hidden).where(target != -100, 0.0)
+    expected = (kl, log_prob, ref_log_prob, entropy)
+    torch.testing.assert_close(
+        tuple(t.detach() for t in found), tuple(t.detach() for t in expected)
+    )
+    c = torch.randn(3, 20)
+    ours = (c[0] * found.kl + c[1] * found.log_prob + c[2] * found.entropy).sum()
+    theirs = (c[0] * kl + c[1] * log_prob + c[2] * entropy).sum()
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, tensors["hidden"]), torch.autograd.grad(theirs, tensors["hidden"])
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kl_coef", [None, 0.4])
+def test_policy_loss_in_blocks(monkeypatch, dtype, kl_coef):
+    """The gradient made over several blocks of rows and of columns."""
+    monkeypatch.setattr(head_kernels, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(head_kernels, "BLOCK_BYTES", 16 * 300 * 4)
+    n, h, v = 37, 31, 1003
+    tensors = make_head(n, h, v, dtype, trainable_head=kl_coef is None)
+    target, advantage = make_target(n, v), torch.randn(n)
+    options = {"temperature": 0.9, "softcap": 4.0}
+    if kl_coef is not None:
+        tensors["ref_hidden"] = near(tensors["hidden"])
+        options["kl_coef"] = kl_coef
+
+    def run(function, tensors):
+        found = function(**tensors, target=target, advantage=advantage, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return {"loss": loss.detach(), **gradients((loss,), (torch.tensor(3.0),), tensors)}
+
+    compare(
+        run(pk.policy_loss, tensors),
+        run(head.policy_loss, tensors),
+        run(head.policy_loss, doubled(tensors)),
+        dtype,
+        loss=1.0,
+    )
+
+
+def test_rows_do_not_depend_on_their_batch():
+    tensors = make_head(37, 33, 1003, torch.float32)
+    target = make_target(37, 1003)
+    both = pk.linear_log_prob(**tensors, target=target, return_entropy=True)
+    tensors["hidden"] = tensors["hidden"][30:31]
+    alone = pk.linear_log_prob(**tensors, target=target[30:31], return_entropy=True)
+    assert torch.equal(both[0][30:31], alone[0]) and torch.equal(both[1][30:31], alone[1])
+
+
+@pytest.mark.parametrize("case", ["transposed weight", "strided hidden", "N = 0", "all ignored"])
+def test_head_layouts(case):
+    tensors = make_head(9, 24, 290, torch.float32, trainable_head=case == "N = 0")
+    target = make_target(9, 290)
+    if case == "transposed weight":
+        tensors["weight"] = torch.randn(24, 290).t() / 5
+    elif case == "strided hidden":
+        tensors["hidden"] = torch.randn(9, 48)[:, ::2].detach().requires_grad_()
+    elif case == "N = 0":
+        tensors["hidden"], target = torch.randn(0, 24).requires_grad_(), target[:0]
+    else:
+        target = torch.full_like(target, -100)
+
+    def run(function, tensors):
+        found = function(**tensors, target=target)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        incoming = (torch.linspace(-1, 1, len(target)),)
+        return {"log_prob": found.detach(), **gradients((found,), incoming, tensors)}
+
+    compare(
+        run(pk.linear_log_prob, tensors),
+        run(head.linear_log_prob, tensors),
+        run(head.linear_log_prob, doubled(tensors)),
+        torch.float32,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# log_prob and kl from logits
+# ------------------------------------------------------------------------------------------------
+
+# (N, V): 1003 = three tiles of 256 columns and a part; V = 2: the smallest choice.
+LOGITS_SIZES = [(7, 1003), (3, 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", LOGITS_SIZES, ids=str)
+def test_log_prob(sizes, options, dtype):
+    n, v = sizes
+    tensors = {"logits": (2 * torch.randn(n, v)).to(dtype).requires_grad_()}
+    target, incoming = make_target(n, v), (torch.randn(n), torch.randn(n))
+
+    def run(function, tensors, **more):
+        found = function(**tensors, target=target, **options, **more)
+        return {
+            "log_prob": found[0].detach(),
+            "entropy": found[1].detach(),
+            **gradients(found, incoming, tensors),
+        }
+
+    compare(
+        run(pk.log_prob, tensors, return_entropy=True),
+        run(logits_room.log_prob, tensors),
+        run(logits_room.log_prob, doubled(tensors)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=str)
+@pytest.mark.parametrize("sizes", LOGITS_SIZES, ids=str)
+def test_kl(sizes, options, dtype):
+    n, v = sizes
+    tensors = {"logits": (2 * torch.randn(n, v)).to(dtype).requires_grad_()}
+    tensors["ref_logits"] = near(tensors["logits"])
+    incoming = (torch.randn(n),)
+
+    def run(function, tensors):
+        kl = function(**tensors, **options)
+        return {"kl": kl.detach(), **gradients((kl,), incoming, tensors)}
+
+    exact = run(logits_room.kl, doubled(tensors))
+    theirs = run(logits_room.kl, tensors)
+    compare(run(pk.kl, tensors), theirs, exact, dtype, kl=rms_of_log_ratio(exact["kl"]))
+
+
+def test_masked_and_shifted_logits():
+    """-inf logits have probability 0 and no gradient; a constant offset costs no precision."""
+    logits = torch.randn(4, 700)
+    logits[:, 300:] = -torch.inf  # all of the last tile
+    logits[1] += 1e4
+    logits.requires_grad_()
+    target = torch.tensor([0, 299, 5, 17])
+    ours = pk.log_prob(logits, target, return_entropy=True)
+    exact = logits_room.log_prob(logits.double()[:, :300], target)
+    torch.testing.assert_close([t.double() for t in ours], list(exact), atol=3e-6, rtol=0)
+    (found,) = torch.autograd.grad(sum(t.sum() for t in ours), logits)
+    (expected,) = torch.autograd.grad(sum(t.sum() for t in exact), logits)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0)
+    assert (found[:, 300:] == 0).all()
+
+
+@pytest.mark.parametrize("case", ["transposed", "3-D", "N = 0"])
+def test_logits_layouts(case):
+    logits = {"transposed": torch.randn(300, 6).t(), "N = 0": torch.randn(0, 300)}.get(case)
+    logits = torch.randn(2, 3, 300) if logits is None else logits
+    target = torch.randint(0, 300, logits.shape[:-1])
+    logits = logits.detach().requires_grad_()
+    ours = pk.log_prob(logits, target)
+    theirs, _ = logits_room.log_prob(logits.reshape(-1, 300), target.reshape(-1))
+    torch.testing.assert_close(ours.reshape(-1), theirs)
+    incoming = torch.randn(ours.shape)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits, incoming),
+        torch.autograd.grad(theirs, logits, incoming.reshape(-1)),
+    )

@@ -1,0 +1,385 @@
+"""Adapters on whole models: targets, named adapters, disable, merge, generate, checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from _tiny_models import FAMILIES, VOCABULARY, difference, logits_of, stir, tiny, tokens
+from torch import nn
+
+import perl_kernels as pk
+
+CAUSAL = [name for name in FAMILIES if name != "llama_reward"]
+
+
+def adapted(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, pk.LoRALinear)}
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------
+# Targets
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_apply_changes_no_output_and_freezes_the_base(family):
+    model = tiny(family)
+    before = logits_of(model)
+    assert pk.apply_lora(model, pk.LoRAConfig(r=3)) is model
+    assert difference(logits_of(model), before) < 1e-6
+    assert trainable(model) == {n for n, _ in model.named_parameters() if ".lora_" in n}
+    assert "lm_head" not in adapted(model)
+    stir(model)
+    assert difference(logits_of(model), before) > 0.01
+
+
+def test_all_linear_leaves_heads_alone():
+    layer = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for family in ("llama", "llama_reward"):
+        names = adapted(pk.apply_lora(tiny(family), pk.LoRAConfig()))
+        assert {name.rpartition(".")[2] for name in names} == layer
+        assert len(names) == 2 * len(layer)
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (["q_proj"], {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}),
+        (["layers.1.mlp.up_proj", "lm_head"], {"model.layers.1.mlp.up_proj", "lm_head"}),
+        (r".*\.0\..*_proj", None),
+    ],
+)
+def test_targets_by_name_and_by_regular_expression(targets, wanted):
+    model = tiny("llama")
+    if wanted is None:
+        wanted = {n for n, m in model.named_modules() if ".0." in n and isinstance(m, nn.Linear)}
+        assert len(wanted) == 7
+    assert adapted(pk.apply_lora(model, pk.LoRAConfig(target_modules=targets))) == wanted
+
+
+def test_rank_and_alpha_patterns():
+    config = pk.LoRAConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+        alpha_pattern={"mlp.up_proj": 3},
+    )
+    layers = pk.apply_lora(tiny("llama"), config).model.layers
+    assert [layer.self_attn.q_proj.lora_A["default"].shape[0] for layer in layers] == [2, 2]
+    assert [layer.mlp.up_proj.lora_A["default"].shape[0] for layer in layers] == [4, 6]
+    assert [layer.mlp.up_proj.adapters["default"].scale for layer in layers] == [3 / 4, 3 / 6]
+    assert layers[0].self_attn.q_proj.adapters["default"].scale == 8 / 2
+
+
+def test_shared_module_is_adapted_once():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"first": shared, "second": shared, "third": nn.Linear(4, 4)})
+    assert adapted(pk.apply_lora(model, pk.LoRAConfig())) == {"first", "third"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_modules": ["qproj"]}, "has 'qproj', .* LlamaForCausalLM; .*: down_proj, gate_pr"),
+        ({"target_modules": ["q_proj", "fc"]}, "has 'fc', which matches no module"),
+        ({"target_modules": "nothing.*"}, r"has 'nothing\.\*', which matches no module"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding; LoRA here"),
+        ({"target_modules": ["self_attn"]}, "layers.0.self_attn is a LlamaAttention"),
+        ({"rank_pattern": {"qproj": 2}}, "pattern 'qproj' matches none of the target modules"),
+        ({"dtype": torch.bfloat16}, "adapter dtype is torch.bfloat16; wanted torch.float32"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_and_nothing_is_changed(given, message):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=message):
+        pk.apply_lora(model, pk.LoRAConfig(**given))
+    assert not adapted(model)
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 0}, "r is 0; wanted a rank of at least 1"),
+        ({"r": 2.5}, "r is 2.5"),
+        ({"alpha": -16}, "alpha is -16; wanted a positive number"),
+        ({"alpha": math.inf}, "alpha is inf"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": 1.0}, r"dropout is 1.0; wanted a probability in \[0, 1\)"),
+        ({"dropout": math.nan}, "dropout is nan"),
+        ({"target_modules": []}, r"target_modules is \[\]; wanted 'all-linear'"),
+        ({"target_modules": "layers.(0"}, r"'layers.\(0' is not a regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "r is 0"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha is 0"),
+    ],
+)
+def test_bad_configurations_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        pk.LoRAConfig(**given)
+
+
+def test_model_without_linear_modules_is_refused():
+    with pytest.raises(ValueError, match="'all-linear', which matches no module of Embedding"):
+        pk.apply_lora(nn.Embedding(3, 4), pk.LoRAConfig())
+
+
+# ------------------------------------------------------------------------------------------------
+# Named adapters
+# ------------------------------------------------------------------------------------------------
+
+
+def two_adapters() -> nn.Module:
+    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
+    pk.apply_lora(model, pk.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]), "value")
+    stir(model)
+    return model
+
+
+def test_named_adapters_are_separate():
+    model = two_adapters()
+    assert pk.adapter_names(model) == ["default", "value"]
+    default = logits_of(model)  # the first adapter stays active
+    assert not any(p.requires_grad for p in pk.adapter_parameters(model, "value").values())
+
+    alone = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
+    for name, parameter in pk.adapter_parameters(alone).items():
+        parameter.data = pk.adapter_parameters(model)[name].data
+    assert torch.equal(logits_of(alone), default)
+
+    pk.set_adapter(model, "value")
+    assert trainable(model) == {n for n, _ in model.named_parameters() if n.endswith(".value")}
+    value = logits_of(model)
+    assert difference(value, default) > 0.01
+    with torch.no_grad():
+        for parameter in pk.adapter_parameters(model).values():
+            parameter.fill_(math.nan)
+    assert torch.equal(logits_of(model), value)
+
+
+def test_adapter_parameters_are_the_models_own():
+    model = two_adapters()
+    parameters = pk.adapter_parameters(model, "value")
+    assert set(parameters) == {
+        f"{name}.{factor}"
+        for name in (
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+            "lm_head",
+        )
+        for factor in ("lora_A", "lora_B")
+    }
+    assert parameters["lm_head.lora_A"] is model.lm_head.lora_A["value"]
+
+
+def test_second_all_linear_adapter_finds_the_same_modules():
+    model = pk.apply_lora(tiny("gpt2"), pk.LoRAConfig(r=3))
+    modules = adapted(model)
+    pk.apply_lora(model, pk.LoRAConfig(r=2), "second")
+    assert adapted(model) == modules
+    assert len(pk.adapter_parameters(model, "second")) == 2 * len(modules)
+
+
+def test_same_name_is_refused_and_nothing_is_changed():
+    model = two_adapters()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="already has an adapter 'value'"):
+        pk.apply_lora(model, pk.LoRAConfig(), "value")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_unknown_adapter_is_refused_by_name():
+    model = two_adapters()
+    with pytest.raises(ValueError, match="no adapter 'policy'; the model has: default, value"):
+        pk.set_adapter(model, "policy")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layers"):
+        pk.set_adapter(tiny("llama"), "default")
+
+
+def test_several_adapters_learn_from_one_backward():
+    def gradients(together: bool) -> dict[str, torch.Tensor]:
+        model, collected = two_adapters(), {}
+        losses = []
+        for name in ("default", "value"):
+            pk.set_adapter(model, name, freeze_others=not together)
+            losses.append(model(input_ids=tokens(), labels=tokens()).loss)
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        for name in ("default", "value"):
+            for key, parameter in pk.adapter_parameters(model, name).items():
+                collected[f"{name} {key}"] = parameter.grad
+        return collected
+
+    wanted = gradients(together=False)
+    for key, gradient in gradients(together=True).items():
+        assert gradient is not None, key
+        assert difference(gradient, wanted[key]) < 1e-5, key
+
+
+def test_disable_nests_and_survives_an_exception():
+    model, base = two_adapters(), logits_of(tiny("llama"))
+    with_adapter = logits_of(model)
+    with pk.disable_adapters(model):
+        assert torch.equal(logits_of(model), base)
+        with pk.disable_adapters(model):
+            assert torch.equal(logits_of(model), base)
+        assert torch.equal(logits_of(model), base)
+    assert torch.equal(logits_of(model), with_adapter)
+    with pytest.raises(KeyError), pk.disable_adapters(model):
+        raise KeyError
+    assert torch.equal(logits_of(model), with_adapter)
+
+
+def test_deepcopy_and_state_dict_carry_the_adapters():
+    model = two_adapters()
+    other = copy.deepcopy(model)
+    assert torch.equal(logits_of(other), logits_of(model))
+    fresh = pk.apply_lora(tiny("llama", seed=9), pk.LoRAConfig(r=3))
+    pk.apply_lora(fresh, pk.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]), "value")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(fresh), logits_of(model))
+
+
+# ------------------------------------------------------------------------------------------------
+# Merge
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_unmerge_and_unload(family, dtype):
+    eps = torch.finfo(dtype).eps
+    model = tiny(family).to(dtype)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pk.apply_lora(model, pk.LoRAConfig(r=3, alpha=1))
+    stir(model)
+    with_adapter = logits_of(model).float()
+    pk.merge_lora(model)
+    # Two layers of roundings; 20 eps is ten times less than the adapter's own effect in bfloat16.
+    assert difference(logits_of(model).float(), with_adapter) < 20 * eps
+    pk.unmerge_lora(model)
+    for name, parameter in model.named_parameters():
+        if ".base_layer.weight" in name:
+            wanted = weights[name.replace(".base_layer", "")].float()
+            largest = wanted.abs().max()
+            assert (parameter.float() - wanted).abs().max() <= 2 * eps * largest
+    assert difference(logits_of(model).float(), with_adapter) < 20 * eps
+
+    pk.merge_lora(model)
+    merged = logits_of(model)
+    pk.unload_lora(model)
+    assert torch.equal(logits_of(model), merged)
+    assert list(dict(model.named_parameters())) == list(weights)
+
+
+def test_merge_makes_the_named_adapter_active_everywhere():
+    model = two_adapters()
+    pk.set_adapter(model, "value")
+    wanted = logits_of(model)
+    pk.set_adapter(model, "default")
+    pk.merge_lora(model, "value")
+    assert difference(logits_of(model), wanted) < 1e-5
+
+
+def test_calls_that_do_not_go_with_a_merge_are_refused():
+    model = two_adapters()
+    with pytest.raises(ValueError, match="no adapter is merged"):
+        pk.unmerge_lora(model)
+    with pk.disable_adapters(model), pytest.raises(ValueError, match="adapters are disabled"):
+        pk.merge_lora(model)
+    pk.merge_lora(model)
+    wanted = logits_of(model)
+    for call in (
+        lambda: pk.merge_lora(model, "value"),
+        lambda: pk.set_adapter(model, "value"),
+        lambda: pk.disable_adapters(model).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="adapter 'default' is merged; call unmerge_lora"):
+            call()
+    assert torch.equal(logits_of(model), wanted)
+
+
+def test_broken_adapter_is_not_merged():
+    model = two_adapters()
+    model.model.layers[1].mlp.up_proj.lora_B["default"].data[0, 0] = math.nan
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinity in model.layers.1.mlp.up_proj"):
+        pk.merge_lora(model)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_tied_head_leaves_the_embedding_alone_and_merges_only_untied(family):
+    model = tiny(family)
+    embedding = model.get_input_embeddings().weight
+    assert model.lm_head.weight is embedding
+    before = embedding.detach().clone()
+    pk.apply_lora(model, pk.LoRAConfig(r=3, target_modules=["lm_head"]))
+    stir(model)
+    with_adapter = logits_of(model)
+    assert difference(with_adapter, logits_of(tiny(family))) > 0.01
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert embedding.grad is None
+    assert torch.equal(embedding, before)
+
+    with pytest.raises(ValueError, match="lm_head.weight is tied to .*; untie it first") as refusal:
+        pk.merge_lora(model)
+    assert torch.equal(logits_of(model), with_adapter)
+    remedy = str(refusal.value).partition("untie it first: ")[2]
+    for statement in remedy.split(" and "):
+        exec(statement, {"torch": torch, "model": model})
+    pk.merge_lora(model)
+    assert difference(logits_of(model), with_adapter) < 1e-5
+    assert torch.equal(embedding, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Inside transformers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_generate_with_the_cache_is_the_greedy_loop_without(family):
+    model = pk.apply_lora(tiny(family), pk.LoRAConfig(r=3))
+    stir(model)
+    generated = model.generate(
+        tokens(), attention_mask=torch.ones_like(tokens()), max_new_tokens=6, do_sample=False,
+        eos_token_id=VOCABULARY + 1,
+    )  # fmt: skip
+    wanted = tokens()
+    with torch.no_grad():
+        for _ in range(6):
+            next_token = model(input_ids=wanted).logits[:, -1].argmax(-1, keepdim=True)
+            wanted = torch.cat([wanted, next_token], dim=1)
+    assert torch.equal(generated, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_with_dropout_gives_the_same_gradients(use_reentrant):
+    def gradients(checkpointing: bool, seed: int = 0) -> list[torch.Tensor]:
+        model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3, dropout=0.4))
+        stir(model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(seed)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return [p.grad for p in pk.adapter_parameters(model).values()]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(got, want)
+    assert any(
+        not torch.equal(got, other)
+        for got, other in zip(gradients(True), gradients(True, seed=1), strict=True)
+    )

@@ -1,0 +1,215 @@
+"""The commands that train nothing: evaluate, generate, merge, data, bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from _tiny import perturb, save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import perl_kernels as pk
+from perl import cafe, cli
+from perl.backbone import Backbone
+from perl.data import read_rows
+
+ROWS = [
+    {"prompt": "a large tea and", "completion": " two scones"},
+    {"prompt": "one latte please", "completion": " Anything else? That is 7 euros."},
+    {"prompt": "two", "completion": " scones"},
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with a tiny model, an adapter of it that is not zero, and rows."""
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny(folder / "model")
+    backbone = Backbone.load(folder / "model", lora=pk.LoRAConfig(r=3))
+    backbone.add_role("policy")
+    perturb(backbone.trainable("policy"))
+    backbone.save_role("policy", folder / "adapter")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "score.py").write_text(
+        "def tokens(prompts, completions):\n    return [len(c) for c in completions]\n"
+    )
+    return folder
+
+
+def run(capsys, *argv: object) -> str:
+    assert cli.main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv: object) -> str:
+    assert cli.main([str(word) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+def test_evaluate_gives_the_loss_per_completion_token(files, tmp_path, capsys):
+    out = tmp_path / "new" / "figures.json"
+    figures = json.loads(
+        run(
+            capsys,
+            "evaluate",
+            "--model",
+            files / "model",
+            "--data",
+            files / "rows.jsonl",
+            "--batch-size",
+            "2",
+            "--out",
+            out,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    nll = []
+    for row in ROWS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [2]
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        nll += [-log_p[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer)]
+    assert figures["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert figures["rows"] == 3 and json.loads(out.read_text()) == figures
+    assert "exists" in refused(
+        capsys, "evaluate", "--model", files / "model", "--data", files / "rows.jsonl", "--out", out
+    )
+
+
+def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
+    where = [
+        "--model",
+        files / "model",
+        "--adapter",
+        files / "adapter",
+        "--data",
+        files / "rows.jsonl",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "8",
+    ]
+    figures = json.loads(
+        run(
+            capsys,
+            "evaluate",
+            *where,
+            "--reward-function",
+            f"{files / 'score.py'}:tokens",
+            "--batch-size",
+            "1",
+        )
+    )
+    rows = [json.loads(line) for line in run(capsys, "generate", *where).splitlines()]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
+    lengths = [len(row["completion"]) for row in rows]
+    assert figures["reward"] == pytest.approx(sum(lengths) / 3) and max(lengths) > 0
+    out = tmp_path / "answers.jsonl"
+    assert run(capsys, "generate", *where, "--rows", "2", "--out", out) == ""
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows[:2]
+    before = out.read_bytes()
+    assert "exists" in refused(capsys, "generate", *where, "--out", out)
+    assert out.read_bytes() == before
+
+
+def test_evaluate_refuses_what_it_cannot_score(files, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "tea"}')
+    model = ["evaluate", "--model", files / "model", "--data"]
+    assert "wants --reward-model FOLDER" in refused(capsys, *model, pairs)
+    assert "no prompts to answer" in refused(
+        capsys, *model, texts, "--reward-function", f"{files / 'score.py'}:tokens"
+    )
+    assert "holds no reward" in refused(capsys, *model, pairs, "--reward-model", make_run(tmp_path))
+
+
+def make_run(folder: Path) -> Path:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").write_text("")
+    return folder / "run"
+
+
+def test_merge_writes_a_plain_model_that_peft_agrees_with(files, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    run(capsys, "merge", "--model", files / "adapter", "--out", tmp_path / "merged")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(files / "model"), files / "adapter"
+    ).eval()
+    with torch.no_grad():
+        expected = theirs(torch.arange(3, 40)[None]).logits
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(files / "model")).abs().max() > 0.1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 300
+    assert "not empty" in refused(
+        capsys, "merge", "--model", files / "adapter", "--out", tmp_path / "merged"
+    )
+    assert "nothing to merge" in refused(
+        capsys, "merge", "--model", files / "model", "--out", tmp_path / "again"
+    )
+
+
+def test_data_shows_kind_counts_lengths_and_balance(tmp_path, capsys):
+    path = tmp_path / "d.jsonl"
+    rows = [{"prompt": "x" * n, "completion": "y", "label": n > 3, "id": n} for n in range(1, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = run(capsys, "data", path, "--rows", "1")
+    assert f"{path}: 5 pointwise rows {{prompt, completion, label}}" in text
+    assert "characters: shortest 1, median 3, 95 % 4, longest 5" in text
+    assert "0: 3 (60.0%), 1: 2 (40.0%)" in text
+    assert "other columns, ignored: id" in text
+    assert text.splitlines()[-1] == '{"prompt": "x", "completion": "y", "label": false}'
+
+
+def test_data_counts_tokens_and_rewrites_published_formats(files, tmp_path, capsys):
+    dialog = "\n\nHuman: hi\n\nAssistant:"
+    path = tmp_path / "hh.jsonl"
+    path.write_text(json.dumps({"chosen": dialog + " a", "rejected": dialog + " b"}))
+    text = run(capsys, "data", path, "--model", files / "model", "--out", tmp_path / "new.jsonl")
+    length = len(AutoTokenizer.from_pretrained(files / "model")(dialog)["input_ids"])
+    assert f"tokens: shortest {length}" in text
+    assert json.loads((tmp_path / "new.jsonl").read_text()) == {
+        "prompt": dialog,
+        "chosen": " a",
+        "rejected": " b",
+    }
+
+
+def test_data_writes_the_embedded_world(tmp_path, capsys, monkeypatch):
+    tables = [field.name for field in dataclasses.fields(cafe.World)]
+    worlds = {seed: {name: [{"prompt": f"{name} {seed}"}] for name in tables} for seed in (0, 3)}
+    monkeypatch.setattr(cafe, "build_world", lambda seed: cafe.World(**worlds[seed]))
+    run(capsys, "data", "cafe", "--out", tmp_path / "cafe", "--seed", "3")
+    written = {path.stem: read_rows(path) for path in (tmp_path / "cafe").iterdir()}
+    assert written == worlds[3]
+    assert "exists" in refused(capsys, "data", "cafe", "--out", tmp_path / "cafe")
+
+
+def test_bench_runs_pytest_and_reports_its_failure(monkeypatch, capsys):
+    commands = []
+
+    def fake_run(command, cwd):
+        commands.append((command[1:], Path(cwd).resolve()))
+        return subprocess.CompletedProcess(command, 5)
+
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    assert "exit code 5" in refused(capsys, "bench", "--select", "head")
+    repo = Path(__file__).resolve().parent.parent
+    assert commands == [
+        (["-m", "pytest", str(repo / "benchmarks"), "-q", "-s", "-k", "head"], repo)
+    ]
