@@ -605,7 +605,7 @@ FLAWS: dict[str, Callable[[Request, Parts, random.Random], str]] = {
     "keywords": _keywords,
 }
 # How often each flaw is drawn. Demonstrations show the faults of a hurried human; pairs show all.
-_IN_PAIRS = dict(zip(FLAWS, (22, 18, 6, 10, 8, 10, 6, 6, 5, 3, 3, 3), strict=True))
+_IN_PAIRS = dict(zip(FLAWS, (28, 22, 4, 10, 6, 10, 4, 5, 5, 2, 2, 2), strict=True))
 _IN_DEMONSTRATIONS = dict(zip(FLAWS, (14, 12, 8, 12, 14, 18, 12, 5, 5, 0, 0, 0), strict=True))
 
 
@@ -622,41 +622,27 @@ def _mediocre(request: Request, parts: Parts, weights: dict[str, int], rng: rand
 
 
 def _pair(prompt: str, rng: random.Random) -> dict[str, str]:
-    """A good answer over a flawed one; in one pair of four, the better of two flawed ones.
+    """A good answer over a flawed one; in one pair of seven, the better of two flawed ones.
 
-    Half of the pairs differ by the flaws alone, the others in their phrases too.
+    Both answers of a pair use the same phrases, so that they differ by the flaws alone.
     """
     request = read_prompt(prompt)
     while True:
         parts = _parts(request, rng)
-        others = parts if rng.random() < 0.5 else _parts(request, rng)
-        good = rng.random() < 0.75
+        good = rng.random() < 0.85
         better = " ".join(parts) if good else _mediocre(request, parts, _IN_PAIRS, rng)
-        worse = _mediocre(request, others, _IN_PAIRS, rng)
+        worse = _mediocre(request, parts, _IN_PAIRS, rng)
         if oracle(prompt, better) < oracle(prompt, worse):
             better, worse = worse, better
-        if oracle(prompt, better) - oracle(prompt, worse) >= 0.1:
+        if oracle(prompt, better) - oracle(prompt, worse) >= 0.15:
             return {"prompt": prompt, "chosen": " " + better, "rejected": " " + worse}
 
 
 # ---------------------------------------------------------------------------- generic text
-def _note(prompt: str, rng: random.Random) -> dict[str, str]:
+def _note(prompt: str) -> dict[str, str]:
     """What a listener in the kitchen writes down: the facts of a dialog, and nobody's manners."""
     heard = prompt.removesuffix("Barista:")
     return {"prompt": heard + "Note:", "completion": " " + _fact(read_prompt(prompt))}
-
-
-def _check(prompt: str, rng: random.Random) -> dict[str, str]:
-    """The head waiter reads a note and says whether it is right."""
-    request = read_prompt(prompt)
-    wrong = rng.choice((_fact(_misheard(request, rng)), _wrong_number(request, rng)))
-    right = rng.random() < 0.5
-    heard = prompt.removesuffix("Barista:")
-    note = _fact(request) if right else wrong
-    return {
-        "prompt": f"{heard}Note: {note}\nCheck:",
-        "completion": " This is right." if right else " This is wrong.",
-    }
 
 
 def _talk(rng: random.Random) -> dict[str, str]:
@@ -696,7 +682,7 @@ def build_world(
     *,
     general: int = 12000,
     demonstrations: int = 1500,
-    pairs: int = 3000,
+    pairs: int = 6400,
     prompts: int = 1000,
     heldout_pairs: int = 300,
     heldout_prompts: int = 128,
@@ -728,8 +714,7 @@ def build_world(
         return prompt
 
     def overheard() -> dict[str, str]:
-        kind = rng.choices((_note, _check, _talk), (45, 40, 15))[0]
-        return _talk(rng) if kind is _talk else kind(draw(), rng)
+        return _note(draw()) if rng.random() < 0.8 else _talk(rng)
 
     def demonstration() -> dict[str, str]:
         prompt = draw()
@@ -778,7 +763,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedT
 
 SHAPES = {  # hidden size, layers, heads, feed-forward size
     "mini": (32, 2, 2, 64),
-    "tiny": (128, 2, 4, 384),
+    "tiny": (64, 2, 4, 192),
 }
 
 

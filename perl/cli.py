@@ -75,11 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = getattr(importlib.import_module(module), function)(config)
         if isinstance(result, dict):
             print(json.dumps(result))
+        _report(config)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except cfg.Stopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
+        _report(config)
         return stop.exit_code
     except KeyboardInterrupt:
         print("stopped: Ctrl-C", file=sys.stderr)
@@ -88,6 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _report(config: cfg.Config) -> None:
+    """report.html of a training, also of one that was stopped; quiet for other commands."""
+    if isinstance(config, cfg.TrainConfig):
+        from perl.report import try_run_report
+
+        try_run_report(config.out)
 
 
 def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:

@@ -93,7 +93,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, config: TrainConfig) -> Run:
-        """Checks the folder; writes nothing. UsageError where it is in use, or not a run to resume."""
+        """Checks the folder; writes nothing. UsageError where it is in use, or no run to resume."""
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--out {folder} is a file; give a folder that does not exist")
@@ -384,14 +384,14 @@ def _cut_behind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):  # str would split at U+2028 too
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                 kept.append(line)
         except ValueError:
             break
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
 
 

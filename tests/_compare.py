@@ -5,7 +5,7 @@
     ||ours - exact|| / ||exact||  <=  1.1 * ||plain - exact|| / ||exact||  +  a tiny floor
 
 and, so that one wrong element among many cannot hide in a norm, the largest difference of ours is
-at most twice the largest of plain torch's plus a few roundings.
+at most twice the largest of plain torch's plus a few roundings and one of the largest element.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def check_law(
     assert norm <= 1.1 * plain_norm + FLOOR[dtype], (
         f"{name}: error {norm:.3g} against float64, plain torch has {plain_norm:.3g}"
     )
-    assert largest <= 2 * plain_largest + 8 * FLOOR[dtype], (
+    # an element is rounded in proportion to itself, and one may be far larger than the RMS
+    _, peak = errors(torch.zeros_like(exact), exact, scale)
+    assert largest <= 2 * plain_largest + (8 + peak) * FLOOR[dtype], (
         f"{name}: largest difference {largest:.3g} from float64, plain torch {plain_largest:.3g}"
     )
 

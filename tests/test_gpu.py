@@ -292,12 +292,16 @@ def test_logits(backend, sizes, options, dtype):
     target, incoming = make_target(n, v), torch.randn(n)
 
     def run(log_prob, kl, logits, ref_logits, **more):
-        found = log_prob(logits, target, **options, **more)
+        found = tuple(log_prob(logits, target, **options, **more))
         divergence = kl(logits, ref_logits, **options)
-        named = {"log_prob": found[0], "entropy": found[1], "kl": divergence}
-        for name, output in list(named.items()):
-            named |= gradients(output, {f"logits of {name}": logits}, [incoming.to(output.dtype)])
-        return {name: t.detach() for name, t in named.items()}
+        sent = incoming.to(divergence.dtype)
+        return {
+            "log_prob": found[0].detach(),
+            "entropy": found[1].detach(),
+            "kl": divergence.detach(),
+            **gradients(found, {"logits": logits}, [sent, sent.flip(0)]),
+            **gradients(divergence, {"logits of kl": logits}, [sent]),
+        }
 
     ours = run(pk.log_prob, pk.kl, logits, ref_logits, return_entropy=True)
     theirs = run(logits_room.log_prob, logits_room.kl, logits, ref_logits)

@@ -33,7 +33,7 @@ def make(folder, **changes) -> Run:
 
 
 def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def names(run: Run) -> list[str]:
@@ -115,7 +115,7 @@ def test_resume_cuts_lines_behind_the_checkpoint_and_torn_ones(tmp_path):
     with make(tmp_path / "run") as run:
         for step in (1, 2, 3):
             run.log(step, loss=step)
-            run.append("samples.jsonl", {"step": step, "text": "ü"})
+            run.append("samples.jsonl", {"step": step, "text": "ü\u2028"})
             if step == 2:
                 run.save_checkpoint(step, {}, {})
     with open(run.folder / "metrics.jsonl", "a") as file:

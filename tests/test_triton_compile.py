@@ -59,7 +59,9 @@ class Launch:
         blocks = [f"{k[6:]}{v}" for k, v in self.constants if k.startswith("BLOCK_")]
         flags = [k for k, v in self.signature if k in ("seed_ptr", "ref_ptr") and v != "constexpr"]
         with_ref = "".join("+" + f.removesuffix("_ptr") for f in flags)
-        return f"{self.architecture} {self.kernel[1:-7]}{with_ref} {self.dtype} {' '.join(blocks)}"
+        tf32 = " tf32" if ("PRECISION", "tf32") in self.constants else ""
+        kernel = self.kernel[1:-7] + with_ref
+        return f"{self.architecture} {kernel} {self.dtype}{tf32} {' '.join(blocks)}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,6 +135,13 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
             # sizes of 1 become constants of the kernel
             _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.1)
             _call_head(head, dtype, 1, 2, with_ref=True, softcap=0.0)
+            if dtype == torch.float32:
+                patch.setattr(lora, "precision", lambda tensor: "tf32")
+                patch.setattr(head, "precision", lambda tensor: "tf32")
+                _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.1)
+                _call_lora_linear(lora, dtype, rows=16, rank=16, dropout_p=0.0)
+                _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
+                _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
             # all of y in one kernel, however many tokens
             patch.setattr(lora, "FUSED_TOKENS", dict.fromkeys(lora.FUSED_TOKENS, 2**31))
             _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.0)

@@ -6,8 +6,9 @@
             library's matrix products turn into dhidden (and dweight) with float32 sums
 
 The vocabulary is cut into splits that depend on its size alone, and a second kernel combines their
-states in order: a row's bits do not depend on the other rows of its batch. The largest temporary is
-one block of dz and one float32 block of dhidden, whatever N and V are.
+states in order: a row's bits do not depend on the other rows of its batch. The largest temporaries
+are one block of dz and one float32 block of dhidden, whatever N and V are; a trained head adds its
+own gradient in float32.
 """
 
 from __future__ import annotations
@@ -187,8 +188,8 @@ def _head_dz_kernel(
     target_ptr,  # (N,) or None
     peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,  # (N,) float32
     d_log_prob_ptr, d_entropy_ptr, d_kl_ptr,  # (N,) float32 or None
-    dz_ptr,  # (N, V)
-    N, H, V, first_column, ignore_index,
+    dz_ptr,  # (N, V), rows stride_dz apart
+    N, H, V, first_column, ignore_index, stride_dz,
     stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
     inverse_temperature, softcap,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -210,7 +211,7 @@ def _head_dz_kernel(
         d_log_prob_ptr, d_entropy_ptr, d_kl_ptr, ignore_index,
     )  # fmt: skip
     dz *= transform_slope(z, inverse_temperature, softcap, HAS_SOFTCAP)
-    dz_ptrs = at(dz_ptr, rows, columns, V, 1)
+    dz_ptrs = at(dz_ptr, rows, columns, stride_dz, 1)
     tl.store(dz_ptrs, dz, mask=(rows[:, None] < N) & (columns[None, :] < V))
 
 
@@ -243,7 +244,7 @@ def stats(
         _head_stats_kernel[(triton.cdiv(rows, tile["BLOCK_N"]) * splits,)](
             hidden, ref_hidden, weight, bias, target, state,
             rows, hidden.shape[1], vocabulary, splits, split_v,
-            *_strides(hidden, ref_hidden, weight), *_transform_arguments(temperature, softcap),
+            *_strides(hidden, ref_hidden, weight), 1.0 / temperature, softcap,
             HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
         )  # fmt: skip
         _head_combine_kernel[(triton.cdiv(rows, 128),)](
@@ -281,26 +282,28 @@ def grad(
     dbias = peak.new_zeros(weight.shape[:1] if need_dbias else (0,))
     if total > 0 and any(d is not None for d in incoming):
         rows = min(total, BLOCK_ROWS)
-        columns = min(vocabulary, max(256, BLOCK_BYTES // (rows * hidden.element_size())))
-        buffer = hidden.new_empty(rows * columns)
+        # whole multiples of 256 columns: rows of dz start aligned, whatever the vocabulary
+        most = max(1, BLOCK_BYTES // (rows * hidden.element_size() * 256))
+        width = 256 * min(most, triton.cdiv(vocabulary, 256))
+        buffer = hidden.new_empty(rows, width)
         for i in range(0, total, rows):
-            in_rows = slice(i, min(i + rows, total))
-            sums = peak.new_zeros(hidden[in_rows].shape) if need_dhidden else None
-            for first in range(0, vocabulary, columns):
-                block = slice(first, min(first + columns, vocabulary))
-                dz = buffer[: (in_rows.stop - i) * (block.stop - first)].view(in_rows.stop - i, -1)
+            of_rows = slice(i, min(i + rows, total))
+            sums = peak.new_zeros(hidden[of_rows].shape) if need_dhidden else None
+            for first in range(0, vocabulary, width):
+                block = slice(first, min(first + width, vocabulary))
+                dz = buffer[: of_rows.stop - i, : block.stop - first]
                 _write_dz(
                     dz, hidden, weight, bias, target, ref_hidden, known, incoming,
-                    temperature, softcap, ignore_index, in_rows, block,
+                    temperature, softcap, ignore_index, of_rows, block,
                 )  # fmt: skip
                 if need_dhidden:
                     add_product(sums, dz, weight[block])
                 if need_dweight:
-                    add_product(dweight[block], dz.T, hidden[in_rows])
+                    add_product(dweight[block], dz.T, hidden[of_rows])
                 if need_dbias:
                     dbias[block] += dz.sum(0, dtype=torch.float32)
             if need_dhidden:
-                dhidden[in_rows] = sums
+                dhidden[of_rows] = sums
     return dhidden, dweight.to(weight.dtype), dbias
 
 
@@ -322,16 +325,11 @@ def _write_dz(
     with on_device_of(hidden):
         _head_dz_kernel[(programs,)](
             hidden, ref, weight, bias, *(part(t) for t in (target, *known, *incoming)), dz,
-            dz.shape[0], hidden.shape[1], dz.shape[1], columns.start, ignore_index,
-            *_strides(hidden, ref, weight), *_transform_arguments(temperature, softcap),
+            dz.shape[0], hidden.shape[1], dz.shape[1], columns.start, ignore_index, dz.stride(0),
+            *_strides(hidden, ref, weight), 1.0 / temperature, softcap,
             HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
         )  # fmt: skip
 
 
 def _strides(hidden: Tensor, ref: Tensor | None, weight: Tensor) -> tuple[int, ...]:
     return (*hidden.stride(), *(hidden if ref is None else ref).stride(), *weight.stride())
-
-
-def _transform_arguments(temperature: float, softcap: float) -> tuple[float, float]:
-    """1 / temperature and softcap, as `transform` wants them."""
-    return 1.0 / temperature, softcap

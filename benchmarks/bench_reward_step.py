@@ -1,0 +1,246 @@
+"""One training step of a reward model: LoRA by this library, LoRA by PEFT, and full tuning.
+
+    ours   transformers' Llama with a scalar head, pk.apply_lora on all linear layers
+    peft   the same by PEFT, adapters in the type of the base (its fastest form)
+    full   the same model with every weight trained, as transformers runs it eagerly
+
+A step is forward, Bradley-Terry loss over pairs of rows, backward, AdamW. Each contestant lives in
+a process of its own, whose peak memory is told, and they take turns step by step.
+
+Letters beside the library's: L layers, F features inside the MLP, A attention heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import time
+import zlib
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _compare import FLOOR, errors
+from torch import Tensor, nn
+
+import perl_kernels as pk
+from benchmarks._bars import judge
+from benchmarks._measure import (
+    DTYPES,
+    OURS,
+    Case,
+    Stopwatch,
+    plain_stopwatch,
+    shapes_for,
+    summarise,
+    time_on_cpu,
+)
+from benchmarks._results import Row, backend_name
+from perl.memory import PeakMemory
+
+ROOM = "reward_step"
+CHECK = "step"
+SHAPES = {
+    # 81 million parameters; at the smaller ones overheads weigh more
+    "full": {"B": 16, "T": 256, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
+    "quick": {"B": 8, "T": 128, "H": 384, "L": 4, "F": 1024, "A": 6, "V": 8000, "R": 16},
+    "small": {"B": 4, "T": 32, "H": 64, "L": 2, "F": 192, "A": 4, "V": 500, "R": 16},
+    "tiny": {"B": 2, "T": 8, "H": 32, "L": 1, "F": 48, "A": 2, "V": 101, "R": 4},
+    # 1.1 billion parameters
+    "h200": {"B": 16, "T": 512, "H": 2048, "L": 22, "F": 5632, "A": 32, "V": 32000, "R": 16},
+}
+
+
+def cases(preset: str) -> list[Case]:
+    device = "cuda" if preset == "h200" else "cpu"
+    dtypes = {"h200": ("bf16",), "tiny": ("fp32",)}.get(preset, ("bf16", "fp32"))
+    return [Case(ROOM, CHECK, shapes_for(preset, dtype, SHAPES), dtype, device) for dtype in dtypes]
+
+
+@pytest.mark.timeout(3600)
+def test_reward_step(case, record):
+    record(measure_step, case)
+
+
+def measure_step(
+    case: Case,
+    seconds: float,
+    stopwatch: Stopwatch | None = None,
+    weigh: bool = True,
+    deadline: float | None = None,
+) -> Row:
+    """As benchmarks._measure.measure, with a process per contestant.
+
+    Raises:
+        AssertionError: gradients of ours are further from float64 than PEFT's by more than half.
+    """
+    names, missing = [OURS, "full"], {}
+    if find_spec("peft") is None:
+        missing["peft"] = "peft is not installed"
+    else:
+        names.append("peft")
+    trainers = {name: _Remote(name, case) for name in names}
+    try:
+        found = {name: trainer.receive() for name, trainer in trainers.items()}
+        plain = found.get("peft", found["full"])["error"]
+        ours = found[OURS]["error"]
+        # every layer's rounding is in both, so this is no test of one kernel: a wide margin
+        assert ours <= 1.5 * plain + FLOOR[case.torch_dtype], (
+            f"{case}: gradients are off by {ours:.3g} of their size, plain torch's by {plain:.3g}"
+        )
+        run = {name: trainer.step for name, trainer in trainers.items()}
+        times = time_on_cpu(run, seconds, stopwatch or plain_stopwatch)
+        memory = {name: trainer.ask("peak") for name, trainer in trainers.items()} if weigh else {}
+    finally:
+        for trainer in trainers.values():
+            trainer.close()
+    median, spread, contestants = summarise(times)
+    row = Row(
+        room=ROOM, check=CHECK, shape=case.shape, dtype=case.dtype, device=case.device,
+        backend=backend_name(case.device, case.torch_dtype),
+        median_s=median, spread=spread, rounds=len(times[OURS]),
+        contestants=contestants, missing=missing,
+        memory=memory, memory_kind="peak of the process",
+        errors=[{"of": "gradients", "unit": "relative RMS", "ours": ours, "plain": plain}],
+        measures={
+            "tokens_per_s": case.shape["B"] * case.shape["T"] / median,
+            "parameters": found["full"]["parameters"],
+            "trained_parameters": found[OURS]["trained"],
+        },
+        bars=[],
+    )  # fmt: skip
+    row.bars = judge(row)
+    return row
+
+
+class _Remote:
+    """A contestant in its own process, that does a step when told to."""
+
+    def __init__(self, name: str, case: Case):
+        context = multiprocessing.get_context("spawn")  # it imports what it needs, no more
+        self.connection, there = context.Pipe()
+        threads = torch.get_num_threads()
+        self.process = context.Process(
+            target=_serve, args=(there, name, case, threads), daemon=True
+        )
+        self.process.start()
+        there.close()
+
+    def receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(
+                f"a process of bench_reward_step ended with exit code {self.process.exitcode}; "
+                "its traceback is above"
+            ) from None
+
+    def ask(self, question: str) -> Any:
+        self.connection.send(question)
+        return self.receive()
+
+    def step(self) -> tuple[()]:
+        self.ask("step")
+        return ()
+
+    def close(self) -> None:
+        self.connection.close()  # ends the process, which waits for questions
+        self.process.join(10)
+        self.process.kill()
+
+
+def _serve(connection: Any, name: str, case: Case, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = build(name, case)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    connection.send(
+        {
+            "error": gradient_error(model, case) if name != "full" or not find_spec("peft") else 0,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in trained),
+        }
+    )
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    tokens = random_tokens(case, case.shape["B"], case.shape["T"])
+    with PeakMemory(case.device) as peak:
+        while True:
+            try:
+                question = connection.recv()
+            except EOFError:
+                return
+            if question == "step":
+                loss(model, tokens).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if case.device != "cpu":
+                    torch.cuda.synchronize()
+            connection.send(peak.read() if question == "peak" else time.perf_counter())
+
+
+# ------------------------------------------------------------------------------------------------
+# The model and its loss
+# ------------------------------------------------------------------------------------------------
+
+
+def build(name: str, case: Case) -> nn.Module:
+    """The contestant's model. All have the same base weights, both kinds of LoRA the same A, B."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    s = case.shape
+    config = LlamaConfig(
+        hidden_size=s["H"], num_hidden_layers=s["L"], intermediate_size=s["F"],
+        num_attention_heads=s["A"], num_key_value_heads=s["A"], vocab_size=s["V"],
+        max_position_embeddings=max(s["T"], 64), num_labels=1, pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        model = LlamaForSequenceClassification(config).to(DTYPES[case.dtype])
+    if name == "ours":
+        pk.apply_lora(model, pk.LoRAConfig(r=s["R"], alpha=2 * s["R"]))
+        model.score.requires_grad_(True)
+    elif name == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(
+            r=s["R"], lora_alpha=2 * s["R"], target_modules="all-linear", task_type="SEQ_CLS"
+        )
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            _fill(parameter_name, parameter)
+    return model.train()
+
+
+@torch.no_grad()
+def _fill(name: str, parameter: Tensor) -> None:
+    """Values that depend on the name alone, and are zero nowhere."""
+    plain_name = name.removeprefix("base_model.model.").removesuffix(".weight")
+    generator = torch.Generator().manual_seed(zlib.crc32(plain_name.encode()))
+    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def random_tokens(case: Case, rows: int, tokens: int) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(1, case.shape["V"], (rows, tokens), device=case.device)
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """-log sigmoid(score of chosen - score of rejected); the first half of the rows is chosen."""
+    scores = model(input_ids=tokens).logits[:, 0]
+    chosen, rejected = scores.to(torch.promote_types(scores.dtype, torch.float32)).chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def gradient_error(model: nn.Module, case: Case) -> float:
+    """Of all trained parameters together, against a float64 copy of the model, on a short batch."""
+    tokens = random_tokens(case, 2, min(case.shape["T"], 32))
+
+    def gradient(model: nn.Module) -> Tensor:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss(model, tokens), trained)
+        return torch.cat([g.flatten().double() for g in found])
+
+    return errors(gradient(model), gradient(copy.deepcopy(model).double()))[0]

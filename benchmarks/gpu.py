@@ -1,0 +1,230 @@
+"""The campaign on a GPU machine, in one command and inside a time budget.
+
+    python -m benchmarks.gpu --minutes 9          build in place, GPU tests, benchmarks, table
+    python -m benchmarks.gpu --dry-run            the same on the CPU at tiny shapes, nothing built
+
+Needs torch, triton, nvcc and pytest; peft, trl and transformers where they are there. Downloads
+nothing and installs nothing. Most valuable first: stop it at any time, the JSON is complete up to
+the last row. Results go to benchmarks/results and, where $OUT is set, there too with the logs.
+
+Exit code 0: everything that ran was right (bars may be missed); 1: the build, a test or a result
+was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import ROOT
+
+if TYPE_CHECKING:
+    from benchmarks._measure import Case
+    from benchmarks._results import Results, Row
+
+# (room, check, letters of the shape): what comes first; what no entry names comes after them.
+ORDER: list[tuple[str, str, dict[str, int]]] = [
+    ("lora_linear", "forward + backward", {"O": 4096, "R": 16}),
+    ("linear_log_prob", "forward", {"V": 131072}),
+    ("policy_loss", "forward + backward", {"V": 131072}),
+    ("policy_loss", "forward + backward, exact KL", {"V": 131072}),
+    ("lora_linear", "forward + backward, dropout 0.1", {"O": 4096}),
+    ("lora_linear", "forward + backward", {"O": 14336, "R": 16}),
+    ("lora_linear", "forward + backward", {}),
+    ("lora_linear", "forward", {}),
+    ("log_prob", "forward", {}),
+    ("log_prob", "forward + backward", {}),
+    ("linear_log_prob", "forward + backward", {"V": 131072}),
+    ("log_prob", "kl, forward + backward", {}),
+    ("lora_linear", "forward + backward, compiled", {}),
+    ("reward_step", "step", {}),
+]
+SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
+LEFT = {"reward_step": 100.0, "": 15.0}  # seconds, by room; with less left no case is begun
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Build, test and benchmark on a GPU machine."
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="in all (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; builds nothing")
+    parser.add_argument("--skip-build", action="store_true", help="use what is built")
+    parser.add_argument("--skip-tests", action="store_true", help="go to the benchmarks at once")
+    parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    if options.results is None:
+        options.results = ROOT / "benchmarks/results"
+        if options.dry_run:
+            options.results = Path(tempfile.mkdtemp(prefix="benchmarks-dry-run-"))
+    folders = [
+        options.results,
+        *(Path(os.environ[name]) for name in ("OUT",) if name in os.environ),
+    ]
+    failed = False
+    if options.dry_run:
+        print("dry run: nothing is built, tiny shapes on the CPU, no figure means anything")
+    elif not options.skip_build:
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        failed |= not run("build", build, folders, 0.35 * (deadline - time.monotonic()))
+    if not options.skip_tests:
+        tests = "tests/test_gpu.py" if options.dry_run else "tests"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "--tb=short", tests]
+        failed |= not run("tests", command, folders, 0.45 * (deadline - time.monotonic()))
+    results = benchmark("tiny" if options.dry_run else "h200", deadline, folders)
+    return int(failed or bool(results.failures))
+
+
+def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> bool:
+    """One command with the repository importable; True when it succeeded in time."""
+    print(f"\n== {stage}: {' '.join(command[1:])} (at most {seconds:.0f} s)", flush=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, code = process.communicate(timeout=seconds)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it started
+        output, code = process.communicate()[0], None
+    for folder in folders[1:]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stage}.log").write_text(output)
+    print("\n".join(output.splitlines()[-25:]))
+    how = "out of time" if code is None else f"exit code {code}"
+    print(f"== {stage}: {how} after {time.monotonic() - start:.0f} s", flush=True)
+    nothing_collected = 5
+    return code in (0, nothing_collected) if stage == "tests" else code == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# What follows imports the package, so it comes after the build.
+# ------------------------------------------------------------------------------------------------
+
+
+def benchmark(preset: str, deadline: float, folders: list[Path]) -> Results:
+    import torch
+
+    from benchmarks import report
+    from benchmarks._results import Results, clocks
+
+    device = "cpu" if preset == "tiny" else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no GPU here; try --dry-run")
+    results = Results.begin("gpu" if device == "cuda" else "gpu-dry-run", preset, device)
+    results.machine["ceilings"] = ceilings(device)
+    results.write(folders)
+    try:
+        for case in in_order(cases(preset)):
+            left = deadline - time.monotonic()
+            if left < LEFT.get(case.room, LEFT[""]):
+                results.left_out.append(f"{case.room} {case}")
+                continue
+            one_case(case, results, SECONDS[preset], deadline, folders)
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured is kept")
+    if device == "cuda":
+        results.machine["gpu"]["after"] = clocks()
+    paths = results.write(folders)
+    print("\n" + report.as_text([results]))
+    print("\nkept in " + ", ".join(map(str, paths)))
+    return results
+
+
+def one_case(
+    case: Case, results: Results, seconds: float, deadline: float, folders: list[Path]
+) -> None:
+    """Measure one case and print its line; whatever goes wrong is kept and the next one begins."""
+    import torch
+
+    from benchmarks import bench_reward_step
+
+    try:
+        if case.room == bench_reward_step.ROOM:
+            row = bench_reward_step.measure_step(case, seconds)
+        else:
+            from benchmarks._measure import measure
+
+            row = measure(module_of(case.room).contest, case, seconds, deadline=deadline)
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        results.failures[f"{case.room} {case}"] = why
+        results.write(folders)
+        print(f"FAILED {case.room} {case}: {why}", flush=True)
+    else:
+        results.add(row, folders)
+        print(line(row), flush=True)
+    if case.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def line(row: Row) -> str:
+    """One row as it comes: shape · time · rate · memory · ratios · bars."""
+    from benchmarks import report
+
+    parts = [f"{row.room}: {row.check}", row.dtype, report.shape_of(row)]
+    parts += [report.seconds(row.median_s), report.rate(row)]
+    if "ours" in row.memory:
+        parts.append(f"{report.mebibytes(row.memory['ours'])} MiB")
+    parts += [f"{found['ratio']:.2f} × {name}" for name, found in row.contestants.items()]
+    parts += [f"{report.bar_text(bar)} {bar['met']}" for bar in row.bars]
+    return " · ".join(part for part in parts if part)
+
+
+def module_of(room: str) -> Any:
+    from importlib import import_module
+
+    return import_module(f"benchmarks.bench_{room}")
+
+
+def cases(preset: str) -> list[Case]:
+    rooms = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    return [case for room in rooms for case in module_of(room.removeprefix("bench_")).cases(preset)]
+
+
+def in_order(found: list[Case]) -> list[Case]:
+    """Most valuable first."""
+
+    def rank(case: Case) -> int:
+        for i, (room, check, letters) in enumerate(ORDER):
+            if (room, check) == (case.room, case.check) and letters.items() <= case.shape.items():
+                return i
+        return len(ORDER)
+
+    return sorted(found, key=rank)
+
+
+def ceilings(device: str) -> list[tuple[str, str, float]]:
+    """(name, unit, value): what this device reaches at a copy and at a library's matrix product."""
+    import torch
+
+    from benchmarks._measure import OURS, time_on_cpu, time_on_gpu
+
+    elements, n = (2**32, 8192) if device == "cuda" else (2**20, 256)
+    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)  # elements bytes
+    target = torch.empty_like(source)
+    left, right = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+
+    def best(one: Any) -> float:
+        run = {OURS: one}
+        times = time_on_gpu(run, 0.5, device) if device == "cuda" else time_on_cpu(run, 0.01)
+        return sorted(times[OURS])[len(times[OURS]) // 2]
+
+    copied = 2 * source.numel() * source.element_size() / best(lambda: (target.copy_(source),))
+    multiplied = 2 * n**3 / best(lambda: (left @ right,))
+    return [("copy", "B/s", copied), (f"bf16 product of {n}²", "FLOP/s", multiplied)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

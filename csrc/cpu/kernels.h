@@ -1,0 +1,84 @@
+// The inner loops of the CPU kernels, as a table of functions that exists once per instruction set.
+//
+// `kernels_impl.h` is the one source of all of them; `kernels_default.cpp`, `kernels_avx2.cpp` and
+// `kernels_avx512.cpp` compile it with other vector widths, and `kernels()` picks at run time.
+// Letters: N tokens, D inputs, O outputs, R rank, V vocabulary, H hidden size, K inner dimension.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PERL_KERNELS_X86
+#endif
+
+namespace perl_kernels::cpu {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+// Incoming gradients and saved statistics of one row, for `gradient`.
+struct GradientRow {
+  float peak, log_sum, entropy, gap;
+  float d_log_prob, d_entropy, d_kl;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Widths of the packed operands of `multiply`: rows in panels [K][row_panel], columns in panels
+  // [K][column_panel].
+  int64_t row_panel, column_panel;
+
+  // c (row_panels * row_panel, column_panels * column_panel) = or += rows * columns^T over k.
+  // Sums run over k in one fixed order, whatever the other sizes: a row's result does not depend
+  // on the rows beside it, nor on the number of threads.
+  void (*multiply)(
+      const float* rows, int64_t row_panels, int64_t row_panel_stride,
+      const float* columns, int64_t column_panels, int64_t column_panel_stride,
+      int64_t k, float* c, int64_t ldc, bool add);
+
+  // to[k][width] = transpose of from[width][ld], for k < n.
+  void (*interleave)(const float* from, int64_t ld, int64_t width, int64_t n, float* to);
+
+  // to[i] = from[i * stride], and back (contiguous, rounded to nearest even).
+  void (*to_float)(const void* from, Dtype dtype, int64_t stride, int64_t n, float* to);
+  void (*from_float)(const float* from, int64_t n, Dtype dtype, void* to);
+
+  // values[i] += addend[i]
+  void (*accumulate)(const float* addend, int64_t n, float* values);
+
+  // Zero the elements of row[column .. column + n) whose Philox word is below threshold; values
+  // points at `column`, a multiple of 4. The words are those of perl_kernels/_dropout.py.
+  void (*drop)(
+      float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column);
+
+  // The rows below hold n valid floats in room for n rounded up to 16.
+
+  // z = softcap * tanh((raw + bias) / softcap) / temperature in place (softcap 0: none, bias may
+  // be null); the room after n becomes -inf. Returns the largest z.
+  float (*transform)(float* z, const float* bias, int64_t n, float temperature, float softcap);
+
+  // sums = {sum e^(z-m), sum e^(z-m) (z-m)}
+  void (*fold)(const float* z, int64_t n, float m, double* sums);
+
+  // sums = {as above, sum e^(zq-mq), sum e^(z-m) (z-zq)}
+  void (*fold_pair)(
+      const float* z, const float* zq, int64_t n, float m, float mq, double* sums);
+
+  // z becomes d loss / d raw of its row; target is the index of the row's class or -1. zq may be
+  // null when d_kl is 0. The room after n becomes 0.
+  void (*gradient)(
+      float* z, const float* zq, int64_t n, int64_t target, const GradientRow& row,
+      float temperature, float softcap);
+};
+
+extern const Kernels kernels_default;
+#ifdef PERL_KERNELS_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The widest table that this processor runs, no wider than PERL_KERNELS_CPU_CAPABILITY
+// (default, avx2 or avx512) when that is set.
+const Kernels& kernels();
+
+}  // namespace perl_kernels::cpu

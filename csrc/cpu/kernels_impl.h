@@ -1,0 +1,424 @@
+// The source of every table in kernels.h. The including file sets the compiler's target first and
+// defines PERL_TABLE (the table's name), PERL_NAME (what users read) and PERL_LANES (floats per
+// vector). Only headers without inline code may be included from here: a function compiled for
+// AVX-512 that the linker also gives to baseline code would crash on older processors.
+#include "kernels.h"
+
+namespace perl_kernels::cpu {
+namespace {
+
+#define PERL_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t W = PERL_LANES;
+constexpr int64_t ROW_PANEL = W == 16 ? 12 : 6;  // 2 * ROW_PANEL accumulators fill the registers
+constexpr int64_t COLUMN_PANEL = 2 * W;
+constexpr int64_t K_BLOCK = 128;  // K_BLOCK * COLUMN_PANEL floats stay in the first cache
+constexpr float LOWEST = -3.402823466e38f;
+constexpr float INFINITE = __builtin_inff();
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef float FloatsInMemory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t HalvesInMemory __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+PERL_INLINE Floats load(const float* p) { return *reinterpret_cast<const FloatsInMemory*>(p); }
+PERL_INLINE void store(float* p, Floats v) { *reinterpret_cast<FloatsInMemory*>(p) = v; }
+// minus zero is the identity for every float, so this is one broadcast
+PERL_INLINE Floats all(float value) { return value - Floats{}; }
+PERL_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+PERL_INLINE double sum_of(Floats v) {
+  double sum = 0;
+  for (int64_t i = 0; i < W; ++i) sum += v[i];
+  return sum;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Matrix product of packed operands
+// ------------------------------------------------------------------------------------------------
+
+PERL_INLINE void multiply_panel(
+    const float* rows, const float* columns, int64_t k, float* c, int64_t ldc, bool add) {
+  Floats sums[ROW_PANEL][2];
+#pragma GCC unroll 12
+  for (int64_t i = 0; i < ROW_PANEL; ++i) sums[i][0] = sums[i][1] = Floats{};
+  for (int64_t step = 0; step < k; ++step) {
+    const Floats left = load(columns), right = load(columns + W);
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < ROW_PANEL; ++i) {
+      const Floats row = all(rows[i]);
+      sums[i][0] += row * left;
+      sums[i][1] += row * right;
+    }
+    rows += ROW_PANEL;
+    columns += COLUMN_PANEL;
+  }
+#pragma GCC unroll 12
+  for (int64_t i = 0; i < ROW_PANEL; ++i) {
+    float* to = c + i * ldc;
+    if (add) {
+      sums[i][0] += load(to);
+      sums[i][1] += load(to + W);
+    }
+    store(to, sums[i][0]);
+    store(to + W, sums[i][1]);
+  }
+}
+
+void multiply(
+    const float* rows, int64_t row_panels, int64_t row_panel_stride,
+    const float* columns, int64_t column_panels, int64_t column_panel_stride,
+    int64_t k, float* c, int64_t ldc, bool add) {
+  int64_t first = 0;
+  do {
+    const int64_t length = k - first < K_BLOCK ? k - first : K_BLOCK;
+    for (int64_t j = 0; j < column_panels; ++j) {
+      for (int64_t i = 0; i < row_panels; ++i) {
+        multiply_panel(
+            rows + i * row_panel_stride + first * ROW_PANEL,
+            columns + j * column_panel_stride + first * COLUMN_PANEL, length,
+            c + i * ROW_PANEL * ldc + j * COLUMN_PANEL, ldc, add || first > 0);
+      }
+    }
+    first += K_BLOCK;
+  } while (first < k);
+}
+
+#if PERL_LANES == 4
+constexpr Ints LOW_HALVES = {0, 4, 1, 5}, HIGH_HALVES = {2, 6, 3, 7};
+#elif PERL_LANES == 8
+constexpr Ints LOW_HALVES = {0, 8, 1, 9, 2, 10, 3, 11}, HIGH_HALVES = {4, 12, 5, 13, 6, 14, 7, 15};
+#else
+constexpr Ints LOW_HALVES = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+constexpr Ints HIGH_HALVES = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#endif
+
+// W vectors become their transpose in log2(W) rounds of interleaving vectors i and i + W / 2.
+PERL_INLINE void transpose(Floats* v) {
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < W; round *= 2) {
+    Floats out[W];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W / 2; ++i) {
+      out[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], LOW_HALVES);
+      out[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], HIGH_HALVES);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i) v[i] = out[i];
+  }
+}
+
+template <int64_t WIDTH>
+PERL_INLINE void interleave_width(const float* from, int64_t ld, int64_t n, float* to) {
+  int64_t k = 0;
+  // Where WIDTH is no multiple of W, a vector's store runs over into the next step, which is
+  // written later: so the last group of rows goes first and the last steps go one by one.
+  for (; k + W < n; k += W) {
+#pragma GCC unroll 8
+    for (int64_t first = (WIDTH - 1) / W * W; first >= 0; first -= W) {
+      Floats v[W];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < W; ++j) {
+        v[j] = first + j < WIDTH ? load(from + (first + j) * ld + k) : Floats{};
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < W; ++j) store(to + (k + j) * WIDTH + first, v[j]);
+    }
+  }
+  for (; k < n; ++k) {
+    for (int64_t j = 0; j < WIDTH; ++j) to[k * WIDTH + j] = from[j * ld + k];
+  }
+}
+
+void interleave(const float* from, int64_t ld, int64_t width, int64_t n, float* to) {
+  if (width == ROW_PANEL) {
+    interleave_width<ROW_PANEL>(from, ld, n, to);
+  } else {
+    interleave_width<COLUMN_PANEL>(from, ld, n, to);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Conversions: bfloat16 is the upper half of a float32; float16 is rebiased by powers of two
+// ------------------------------------------------------------------------------------------------
+
+PERL_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+PERL_INLINE Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
+
+PERL_INLINE Floats from_bfloat16(Halves h) { return (Floats)(widen(h) << 16); }
+
+PERL_INLINE Halves to_bfloat16(Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return narrow(v != v ? (Words{} + 0x7FC0) : rounded);
+}
+
+PERL_INLINE Floats from_float16(Halves h) {
+  const Words bits = widen(h);
+  const Words magnitude = (bits & 0x7FFF) << 13;
+  const Floats scaled = (Floats)magnitude * 0x1p112f;
+  const Words special = magnitude | 0x7F800000;  // infinite or NaN
+  const Words value = (bits & 0x7C00) == 0x7C00 ? special : (Words)scaled;
+  return (Floats)(value | ((bits & 0x8000) << 16));
+}
+
+PERL_INLINE Halves to_float16(Floats v) {
+  const Words bits = (Words)v;
+  const Words magnitude = bits & 0x7FFFFFFF;
+  const Words normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  // below 2^-14 a float addition rounds at the right bit: one unit of 0.5 is 2^-24
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3F000000;
+  Words value = magnitude < 0x38800000 ? subnormal : normal;
+  value = magnitude >= 0x47800000 ? (Words{} + 0x7C00) : value;
+  value = magnitude > 0x7F800000 ? (Words{} + 0x7E00) : value;
+  return narrow(value | ((bits >> 16) & 0x8000));
+}
+
+PERL_INLINE Floats float_of(Dtype dtype, Halves h) {
+  return dtype == Dtype::bfloat16 ? from_bfloat16(h) : from_float16(h);
+}
+
+void to_float(const void* from, Dtype dtype, int64_t stride, int64_t n, float* to) {
+  if (dtype == Dtype::float32) {
+    const float* values = static_cast<const float*>(from);
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = values[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = values[i * stride];
+    }
+    return;
+  }
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; stride == 1 && i + W <= n; i += W) {
+    const Halves h = *reinterpret_cast<const HalvesInMemory*>(halves + i);
+    store(to + i, float_of(dtype, h));
+  }
+  for (; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
+    Halves h = {};
+    for (int64_t j = 0; j < count; ++j) h[j] = halves[(i + j) * stride];
+    const Floats v = float_of(dtype, h);
+    for (int64_t j = 0; j < count; ++j) to[i + j] = v[j];
+  }
+}
+
+void from_float(const float* from, int64_t n, Dtype dtype, void* to) {
+  if (dtype == Dtype::float32) {
+    float* values = static_cast<float*>(to);
+    for (int64_t i = 0; i < n; ++i) values[i] = from[i];
+    return;
+  }
+  uint16_t* halves = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const Floats v = load(from + i);
+    const Halves h = dtype == Dtype::bfloat16 ? to_bfloat16(v) : to_float16(v);
+    *reinterpret_cast<HalvesInMemory*>(halves + i) = h;
+  }
+  if (i < n) {
+    Floats v = {};
+    for (int64_t j = i; j < n; ++j) v[j - i] = from[j];
+    const Halves h = dtype == Dtype::bfloat16 ? to_bfloat16(v) : to_float16(v);
+    for (int64_t j = i; j < n; ++j) halves[j] = h[j - i];
+  }
+}
+
+void accumulate(const float* addend, int64_t n, float* values) {
+  for (int64_t i = 0; i < n; ++i) values[i] += addend[i];
+}
+
+// ------------------------------------------------------------------------------------------------
+// Dropout: Philox-4x32-10 of counter (column / 4, row, 0, 0). A lane of 64 bits holds one word of
+// one counter in its low half; what is left in the high half is never looked at.
+// ------------------------------------------------------------------------------------------------
+
+typedef uint64_t Longs __attribute__((vector_size(4 * W)));
+typedef long long SignedLongs __attribute__((vector_size(4 * W)));
+
+// Low 32 bits of every lane times constant, in 64 bits.
+PERL_INLINE Longs multiply_low_words(Longs x, uint64_t constant) {
+#if !defined(PERL_KERNELS_X86)
+  return (x & 0xFFFFFFFF) * constant;
+#elif PERL_LANES == 16
+  return (Longs)__builtin_ia32_pmuludq512_mask(
+      (Ints)x, (Ints)(Longs{} + constant), (SignedLongs){}, 0xFF);
+#elif PERL_LANES == 8
+  return (Longs)__builtin_ia32_pmuludq256((Ints)x, (Ints)(Longs{} + constant));
+#else
+  return (Longs)__builtin_ia32_pmuludq128((Ints)x, (Ints)(Longs{} + constant));
+#endif
+}
+
+void drop(float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
+  constexpr int64_t LANES = W / 2;
+  for (int64_t first = 0; first < n; first += 4 * LANES) {
+    Longs c0, c1 = Longs{} + static_cast<uint32_t>(row), c2 = {}, c3 = {};
+    for (int64_t i = 0; i < LANES; ++i) c0[i] = (column + first) / 4 + i;
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const Longs product0 = multiply_low_words(c0, 0xD2511F53);
+      const Longs product1 = multiply_low_words(c2, 0xCD9E8D57);
+      c0 = (product1 >> 32) ^ c1 ^ key0;
+      c2 = (product0 >> 32) ^ c3 ^ key1;
+      c1 = product1;
+      c3 = product0;
+      key0 += 0x9E3779B9;
+      key1 += 0xBB67AE85;
+    }
+    uint32_t words[4 * LANES];
+    for (int64_t i = 0; i < LANES; ++i) {
+      words[4 * i] = static_cast<uint32_t>(c0[i]);
+      words[4 * i + 1] = static_cast<uint32_t>(c1[i]);
+      words[4 * i + 2] = static_cast<uint32_t>(c2[i]);
+      words[4 * i + 3] = static_cast<uint32_t>(c3[i]);
+    }
+    const int64_t count = n - first < 4 * LANES ? n - first : 4 * LANES;
+    for (int64_t i = 0; i < count; ++i) {
+      values[first + i] = words[i] >= threshold ? values[first + i] : 0.0f;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Softmax rows
+// ------------------------------------------------------------------------------------------------
+
+// e^x to about one rounding; 0 below -87.3, NaN for NaN, no more than e^88.
+PERL_INLINE Floats exp(Floats x) {
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats bounded = x > 88.0f ? all(88.0f) : x;
+  const Floats shifted = bounded * 1.44269504f + SHIFT;
+  const Floats power = shifted - SHIFT;
+  // log 2 in two parts, so that the remainder is exact
+  const Floats r = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
+  Floats p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Floats scale = (Floats)(((Ints)shifted << 23) + (127 << 23));
+  return x < -87.3f ? Floats{} : p * scale;
+}
+
+PERL_INLINE Floats tanh(Floats x) {
+  const Floats magnitude = x < 0.0f ? -x : x;
+  const Floats bounded = magnitude > 10.0f ? all(10.0f) : magnitude;
+  const Floats far = 1.0f - 2.0f / (exp(bounded + bounded) + 1.0f);
+  const Floats s = x * x;
+  Floats p = all(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const Floats near = p * s * x + x;
+  return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+PERL_INLINE int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+float transform(float* z, const float* bias, int64_t n, float temperature, float softcap) {
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
+  }
+  for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
+  Floats most = all(LOWEST);
+  for (int64_t i = 0; i < n; i += W) {
+    Floats v = load(z + i);
+    if (softcap > 0.0f) v = softcap * tanh(v / softcap);
+    if (temperature != 1.0f) v = v / temperature;
+    store(z + i, v);
+    if (i + W <= n) most = larger(v, most);
+  }
+  if (softcap > 0.0f) {
+    for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
+  }
+  if (n % W != 0) most = larger(load(z + padded(n) - W), most);
+  float largest = LOWEST;
+  for (int64_t i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
+  return largest;
+}
+
+void fold(const float* z, int64_t n, float m, double* sums) {
+  Floats l = {}, u = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats centred = load(z + i) - m;
+    const Floats e = exp(centred);
+    l += e;
+    u += e * (e > 0.0f ? centred : Floats{});  // a masked logit of -inf has no say
+  }
+  sums[0] = sum_of(l);
+  sums[1] = sum_of(u);
+}
+
+void fold_pair(const float* z, const float* zq, int64_t n, float m, float mq, double* sums) {
+  Floats l = {}, u = {}, lq = {}, d = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats logit = load(z + i), logit_q = load(zq + i);
+    const Floats centred = logit - m;
+    const Floats e = exp(centred);
+    l += e;
+    u += e * (e > 0.0f ? centred : Floats{});
+    lq += exp(logit_q - mq);
+    d += e > 0.0f ? e * (logit - logit_q) : e;
+  }
+  sums[0] = sum_of(l);
+  sums[1] = sum_of(u);
+  sums[2] = sum_of(lq);
+  sums[3] = sum_of(d);
+}
+
+// d_log_prob ([j = target] - p) - d_entropy p (log p + entropy) + d_kl p (z - zq - gap),
+// times dz / d raw = (1 - (z temperature / softcap)^2) / temperature
+template <bool ENTROPY, bool KL, bool SOFTCAP>
+void gradient_row(
+    float* z, const float* zq, int64_t n, int64_t target, const GradientRow& row,
+    float temperature, float softcap) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats logit = load(z + i);
+    Floats log_p = (logit - row.peak) - row.log_sum;
+    const Floats p = exp(log_p);
+    log_p = p > 0.0f ? log_p : Floats{};
+    Floats slope = all(-row.d_log_prob);
+    if (ENTROPY) slope -= row.d_entropy * (log_p + row.entropy);
+    if (KL) slope += row.d_kl * (p > 0.0f ? logit - load(zq + i) - row.gap : Floats{});
+    Floats dz = p * slope;
+    if (target >= i && target < i + W) dz[target - i] += row.d_log_prob;
+    if (SOFTCAP) {
+      const Floats capped = logit * (temperature / softcap);
+      dz *= logit > -INFINITE ? 1.0f - capped * capped : Floats{};
+    }
+    store(z + i, dz / temperature);
+  }
+}
+
+void gradient(
+    float* z, const float* zq, int64_t n, int64_t target, const GradientRow& row,
+    float temperature, float softcap) {
+  for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
+  const bool entropy = row.d_entropy != 0.0f, kl = row.d_kl != 0.0f, capped = softcap > 0.0f;
+  auto* run = entropy ? (kl ? (capped ? gradient_row<true, true, true>
+                                      : gradient_row<true, true, false>)
+                            : (capped ? gradient_row<true, false, true>
+                                      : gradient_row<true, false, false>))
+                      : (kl ? (capped ? gradient_row<false, true, true>
+                                      : gradient_row<false, true, false>)
+                            : (capped ? gradient_row<false, false, true>
+                                      : gradient_row<false, false, false>));
+  run(z, zq, n, target, row, temperature, softcap);
+}
+
+}  // namespace
+
+const Kernels PERL_TABLE = {
+    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, interleave, to_float, from_float, accumulate,
+    drop, transform, fold, fold_pair, gradient,
+};
+
+}  // namespace perl_kernels::cpu

@@ -1,0 +1,288 @@
+// y = x weight^T + bias + scale * dropout(x) a^T b^T for n projections that share x; and its
+// gradients.
+//
+// The adapter is not a second product over y: its rank extends the inner dimension. Packed rows
+// are [x | s_0 | s_1 | ...], packed columns [weight_i | scale_i b_i], and one accumulator runs over
+// D and then over R_i. Backward likewise: rows [dy_0 | dy_1 | ... | ds], columns
+// [weight_0^T | weight_1^T | ... | a^T], the adapter's part first, so that the dropout mask can be
+// applied to it before the rest is added.
+#include <torch/library.h>
+
+#include "matrix.h"
+
+namespace perl_kernels::cpu {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr int64_t PACKED_BYTES = int64_t{32} << 20;  // of rows at once
+
+// Where each tensor of a list starts when their sizes along `dim` are laid end to end.
+std::vector<int64_t> offsets_of(TensorList tensors, int64_t dim) {
+  std::vector<int64_t> offsets = {0};
+  for (const Tensor& t : tensors) offsets.push_back(offsets.back() + t.size(dim));
+  return offsets;
+}
+
+// The adapters' a, stacked to (sum of R, D).
+Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
+
+struct Tile {
+  int64_t item, first, count;  // which projection; which of its outputs
+};
+
+std::vector<Tile> tiles_of(TensorList tensors, int64_t dim) {
+  std::vector<Tile> tiles;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t size = tensors[i].size(dim);
+    for (int64_t j = 0; j < size; j += TILE_COLUMNS) {
+      tiles.push_back({static_cast<int64_t>(i), j, std::min(TILE_COLUMNS, size - j)});
+    }
+  }
+  return tiles;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> lora_linear(
+    const Tensor& x,     // (N, D)
+    TensorList weight,   // (O_i, D)
+    TensorList bias,     // (O_i,), or no bias at all
+    TensorList a,        // (R_i, D)
+    TensorList b,        // (O_i, R_i)
+    at::ArrayRef<double> scale,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
+  const Kernels& table = kernels();
+  const Dropout dropout(dropout_p, seed);
+  const int64_t N = x.size(0), D = x.size(1);
+  const std::vector<int64_t> r = offsets_of(a, 0);
+  const int64_t R = r.back(), K = D + R;
+  std::vector<Tensor> y;
+  for (const Tensor& w : weight) y.push_back(at::empty({N, w.size(0)}, x.options()));
+  Tensor s = at::empty({N, R}, x.options());
+  if (N == 0) return {y, s};
+
+  const Matrix x_view(x);
+  const Tensor a_all = stacked(a);
+  const int64_t r_panels = ceil_div(R, table.column_panel), r_room = r_panels * table.column_panel;
+  Buffer a_packed(r_room * D);
+  pack(
+      Matrix(a_all).scaled(dropout.active() ? dropout.gain() : 1.0f), 0, R, 0, D,
+      table.column_panel, a_packed.data(), D * table.column_panel);
+
+  const std::vector<Tile> tiles = tiles_of(weight, 0);
+  const int64_t at_once = rows_at_once(N, K * sizeof(float), PACKED_BYTES);
+  Buffer rows_packed(at_once * K);
+  for (int64_t group = 0; group < N; group += at_once) {
+    const int64_t group_rows = std::min(at_once, N - group);
+    const int64_t blocks = ceil_div(group_rows, TILE_ROWS);
+    auto rows_of = [&](int64_t block) {
+      return std::min(TILE_ROWS, group_rows - block * TILE_ROWS);
+    };
+
+    // s = dropout(x) a^T
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      Buffer s_tile(TILE_ROWS * r_room), dropped(dropout.active() ? TILE_ROWS * D : 0);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
+        const int64_t stride = K * table.row_panel;
+        float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        pack(x_view, row, count, 0, D, table.row_panel, packed, stride);
+        const float* input = packed;
+        int64_t input_stride = stride;
+        if (dropout.active()) {
+          input_stride = D * table.row_panel;
+          pack(
+              x_view.dropped(dropout), row, count, 0, D, table.row_panel, dropped.data(),
+              input_stride);
+          input = dropped.data();
+        }
+        table.multiply(
+            input, ceil_div(count, table.row_panel), input_stride, a_packed.data(), r_panels,
+            D * table.column_panel, D, s_tile.data(), r_room, false);
+        store_tile(s_tile.data(), r_room, count, R, s, row, 0);
+        pack(
+            Matrix(s_tile.data(), count, R, r_room), 0, count, 0, R, table.row_panel,
+            packed + D * table.row_panel, stride);
+      }
+    });
+
+    // y_i = [x | s_i] [weight_i | scale_i b_i]^T + bias_i
+    const int64_t items = static_cast<int64_t>(tiles.size()) * blocks;
+    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      Buffer columns_packed(TILE_COLUMNS * K), y_tile(TILE_ROWS * TILE_COLUMNS);
+      Buffer bias_tile(TILE_COLUMNS);
+      int64_t packed_tile = -1;
+      for (int64_t item = begin; item < end; ++item) {
+        const auto [i, first, count] = tiles[item / blocks];
+        const int64_t R_i = r[i + 1] - r[i];
+        const int64_t stride = (D + R_i) * table.column_panel;
+        float* columns = columns_packed.data();
+        float* columns_s = columns + D * table.column_panel;
+        if (packed_tile != item / blocks) {
+          packed_tile = item / blocks;
+          pack(Matrix(weight[i]), first, count, 0, D, table.column_panel, columns, stride);
+          pack(
+              Matrix(b[i]).scaled(static_cast<float>(scale[i])), first, count, 0, R_i,
+              table.column_panel, columns_s, stride);
+          if (!bias.empty()) vector_to_float(bias[i], first, count, bias_tile.data());
+        }
+        const int64_t block = item % blocks, rows = rows_of(block);
+        const int64_t row_panels = ceil_div(rows, table.row_panel);
+        const int64_t column_panels = ceil_div(count, table.column_panel);
+        const float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        table.multiply(
+            packed, row_panels, K * table.row_panel, columns, column_panels, stride, D,
+            y_tile.data(), TILE_COLUMNS, false);
+        table.multiply(
+            packed + (D + r[i]) * table.row_panel, row_panels, K * table.row_panel, columns_s,
+            column_panels, stride, R_i, y_tile.data(), TILE_COLUMNS, true);
+        if (!bias.empty()) {
+          for (int64_t n = 0; n < rows; ++n) {
+            table.accumulate(bias_tile.data(), count, y_tile.data() + n * TILE_COLUMNS);
+          }
+        }
+        store_tile(
+            y_tile.data(), TILE_COLUMNS, rows, count, y[i], group + block * TILE_ROWS, first);
+      }
+    });
+  }
+  return {y, s};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
+    TensorList dy,       // (N, O_i)
+    const Tensor& x,     // (N, D)
+    TensorList weight,   // (O_i, D)
+    TensorList a,        // (R_i, D)
+    TensorList b,        // (O_i, R_i)
+    at::ArrayRef<double> scale,
+    double dropout_p,
+    const std::optional<Tensor>& seed,
+    const Tensor& s,     // (N, sum of R)
+    bool need_dx,
+    bool need_dab) {
+  const Kernels& table = kernels();
+  const Dropout dropout(dropout_p, seed);
+  const float gain = dropout.active() ? dropout.gain() : 1.0f;
+  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t n = static_cast<int64_t>(weight.size());
+  const std::vector<int64_t> r = offsets_of(a, 0), o = offsets_of(weight, 0);
+  const int64_t R = r.back(), O = o.back(), K = O + R;
+  Tensor dx = at::empty(need_dx ? at::IntArrayRef{N, D} : at::IntArrayRef{0}, x.options());
+  std::vector<Tensor> da, db;
+  Tensor ds = at::empty({N, R}, x.options().dtype(at::kFloat));
+
+  // columns of ds_i = scale_i dy_i b_i
+  std::vector<Buffer> b_packed;
+  int64_t widest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t O_i = weight[i].size(0), room = round_up(r[i + 1] - r[i], table.column_panel);
+    widest = std::max(widest, room);
+    b_packed.emplace_back(room * O_i);
+    pack(
+        Matrix(b[i]).t().scaled(static_cast<float>(scale[i])), 0, r[i + 1] - r[i], 0, O_i,
+        table.column_panel, b_packed.back().data(), O_i * table.column_panel);
+  }
+
+  const Tensor a_all = stacked(a);
+  const int64_t column_tiles = ceil_div(D, TILE_COLUMNS);
+  const int64_t at_once = rows_at_once(N, K * sizeof(float), PACKED_BYTES);
+  Buffer rows_packed(at_once * K);
+  for (int64_t group = 0; group < N; group += at_once) {
+    const int64_t group_rows = std::min(at_once, N - group);
+    const int64_t blocks = ceil_div(group_rows, TILE_ROWS);
+    const int64_t row_stride = K * table.row_panel;
+    auto rows_of = [&](int64_t block) {
+      return std::min(TILE_ROWS, group_rows - block * TILE_ROWS);
+    };
+
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      Buffer tile(TILE_ROWS * widest);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
+        float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t O_i = weight[i].size(0), R_i = r[i + 1] - r[i];
+          const int64_t panels = ceil_div(R_i, table.column_panel);
+          const int64_t ldc = panels * table.column_panel;
+          float* packed_i = packed + o[i] * table.row_panel;
+          pack(Matrix(dy[i]), row, count, 0, O_i, table.row_panel, packed_i, row_stride);
+          table.multiply(
+              packed_i, ceil_div(count, table.row_panel), row_stride, b_packed[i].data(), panels,
+              O_i * table.column_panel, O_i, tile.data(), ldc, false);
+          store_tile(tile.data(), ldc, count, R_i, ds, row, r[i]);
+        }
+        pack(
+            Matrix(ds), row, count, 0, R, table.row_panel, packed + O * table.row_panel,
+            row_stride);
+      }
+    });
+
+    if (!need_dx) continue;
+    // dx = dropout'(ds a) + sum of dy_i weight_i
+    at::parallel_for(0, column_tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+      Buffer columns(TILE_COLUMNS * K), tile(TILE_ROWS * TILE_COLUMNS);
+      const int64_t stride = K * table.column_panel;
+      int64_t packed_tile = -1;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item / blocks * TILE_COLUMNS;
+        const int64_t count = std::min(TILE_COLUMNS, D - first);
+        if (packed_tile != item / blocks) {
+          packed_tile = item / blocks;
+          for (int64_t i = 0; i < n; ++i) {
+            pack(
+                Matrix(weight[i]).t(), first, count, 0, weight[i].size(0), table.column_panel,
+                columns.data() + o[i] * table.column_panel, stride);
+          }
+          pack(
+              Matrix(a_all).t().scaled(gain), first, count, 0, R, table.column_panel,
+              columns.data() + O * table.column_panel, stride);
+        }
+        const int64_t block = item % blocks, rows = rows_of(block);
+        const int64_t row = group + block * TILE_ROWS;
+        const int64_t row_panels = ceil_div(rows, table.row_panel);
+        const int64_t column_panels = ceil_div(count, table.column_panel);
+        const float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        table.multiply(
+            packed + O * table.row_panel, row_panels, row_stride,
+            columns.data() + O * table.column_panel, column_panels, stride, R, tile.data(),
+            TILE_COLUMNS, false);
+        if (dropout.active()) {
+          for (int64_t i = 0; i < rows; ++i) {
+            table.drop(
+                tile.data() + i * TILE_COLUMNS, count, dropout.seed, dropout.threshold, row + i,
+                first);
+          }
+        }
+        table.multiply(
+            packed, row_panels, row_stride, columns.data(), column_panels, stride, O, tile.data(),
+            TILE_COLUMNS, true);
+        store_tile(tile.data(), TILE_COLUMNS, rows, count, dx, row, first);
+      }
+    });
+  }
+
+  if (need_dab) {
+    Tensor da_all = at::empty({R, D}, a_all.options());
+    // da = ds^T dropout(x) ; db_i = scale_i dy_i^T s_i
+    product(Matrix(ds).t(), Matrix(x).dropped(dropout).t(), gain, da_all);
+    for (int64_t i = 0; i < n; ++i) {
+      da.push_back(n == 1 ? da_all : da_all.narrow(0, r[i], r[i + 1] - r[i]).to(a[i].dtype(), false, true));
+      db.push_back(at::empty(b[i].sizes(), b[i].options()));
+      product(
+          Matrix(dy[i]).t(), Matrix(s.narrow(1, r[i], r[i + 1] - r[i])).t(),
+          static_cast<float>(scale[i]), db[i]);
+    }
+  }
+  return {dx, da, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(perl_kernels, CPU, m) {
+  m.impl("lora_linear_cpu", lora_linear);
+  m.impl("lora_linear_backward_cpu", lora_linear_backward);
+}
+
+}  // namespace perl_kernels::cpu

@@ -1,0 +1,185 @@
+#include "matrix.h"
+
+#include <cstring>
+
+namespace perl_kernels::cpu {
+
+Dtype dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(
+          false, "tensor is ", tensor.scalar_type(),
+          "; the compiled kernels want float32, bfloat16 or float16");
+  }
+}
+
+Matrix::Matrix(const at::Tensor& tensor)
+    : data(static_cast<const char*>(tensor.const_data_ptr())), dtype(dtype_of(tensor)),
+      rows(tensor.size(0)), columns(tensor.size(1)), row_stride(tensor.stride(0)),
+      column_stride(tensor.stride(1)) {
+  TORCH_CHECK_VALUE(tensor.is_cpu(), "tensor is on ", tensor.device(), "; wanted cpu");
+}
+
+Matrix Matrix::t() const {
+  Matrix other = *this;
+  std::swap(other.rows, other.columns);
+  std::swap(other.row_stride, other.column_stride);
+  other.transposed = !transposed;
+  return other;
+}
+
+Matrix Matrix::scaled(float factor) const {
+  Matrix other = *this;
+  other.scale *= factor;
+  return other;
+}
+
+Matrix Matrix::dropped(const Dropout& mask) const {
+  Matrix other = *this;
+  if (mask.active()) other.dropout = &mask;
+  return other;
+}
+
+namespace {
+
+constexpr int64_t STRIP = 256;      // floats of one row converted at a time
+constexpr int64_t WIDEST_PANEL = 32;
+
+// n elements of m from (p, k), going along k (or along p), as floats.
+void load_strip(const Matrix& m, int64_t p, int64_t k, bool along_k, int64_t n, float* to) {
+  const Kernels& table = kernels();
+  table.to_float(m.at(p, k), m.dtype, along_k ? m.column_stride : m.row_stride, n, to);
+  if (m.scale != 1.0f) {
+    for (int64_t i = 0; i < n; ++i) to[i] *= m.scale;
+  }
+  if (m.dropout != nullptr) {
+    const int64_t row = m.transposed ? k : p, column = m.transposed ? p : k;
+    table.drop(to, n, m.dropout->seed, m.dropout->threshold, row, column);
+  }
+}
+
+void pack_along_k(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
+    float* to, int64_t panel_stride) {
+  const Kernels& table = kernels();
+  constexpr int64_t LD = STRIP + 16;  // so that rows do not fall on the same cache sets
+  alignas(64) float strips[WIDEST_PANEL * LD];
+  for (int64_t first = 0; first < p_count; first += width, to += panel_stride) {
+    const int64_t present = std::min(width, p_count - first);
+    std::fill(strips + present * LD, strips + width * LD, 0.0f);
+    for (int64_t step = 0; step < k_count; step += STRIP) {
+      const int64_t n = std::min(STRIP, k_count - step);
+      for (int64_t i = 0; i < present; ++i) {
+        load_strip(m, p + first + i, k + step, true, n, strips + i * LD);
+      }
+      table.interleave(strips, LD, width, n, to + step * width);
+    }
+  }
+}
+
+template <int64_t WIDTH>
+void pack_along_p(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, float* to,
+    int64_t panel_stride) {
+  constexpr int64_t STRIP_PANELS = STRIP / WIDTH;
+  alignas(64) float strip[STRIP];
+  const bool plain = m.dtype == Dtype::float32 && m.row_stride == 1 && m.scale == 1.0f &&
+      m.dropout == nullptr;
+  for (int64_t step = 0; step < k_count; ++step) {
+    for (int64_t first = 0; first < p_count; first += STRIP_PANELS * WIDTH) {
+      const int64_t present = std::min(STRIP_PANELS * WIDTH, p_count - first);
+      const int64_t panels = ceil_div(present, WIDTH);
+      const float* from = strip;
+      if (plain && present % WIDTH == 0) {
+        from = reinterpret_cast<const float*>(m.at(p + first, k + step));
+      } else {
+        load_strip(m, p + first, k + step, false, present, strip);
+        std::fill(strip + present, strip + panels * WIDTH, 0.0f);
+      }
+      float* panel = to + (first / WIDTH) * panel_stride + step * WIDTH;
+      for (int64_t i = 0; i < panels; ++i, panel += panel_stride) {
+        std::memcpy(panel, from + i * WIDTH, WIDTH * sizeof(float));
+      }
+    }
+  }
+}
+
+
+}  // namespace
+
+void pack(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
+    float* to, int64_t panel_stride) {
+  // Strips go along contiguous memory, but along the mask's rows where there is a mask.
+  const bool along_k =
+      m.dropout != nullptr ? !m.transposed : m.column_stride == 1 || m.row_stride != 1;
+  if (along_k) return pack_along_k(m, p, p_count, k, k_count, width, to, panel_stride);
+  // every width of a table as a constant, so that copying a panel's row is a few moves
+  auto* along_p = width == 6 ? pack_along_p<6> : width == 8 ? pack_along_p<8>
+      : width == 12 ? pack_along_p<12> : width == 16 ? pack_along_p<16> : pack_along_p<32>;
+  along_p(m, p, p_count, k, k_count, to, panel_stride);
+}
+
+void product(const Matrix& rows, const Matrix& columns, float alpha, at::Tensor& out) {
+  constexpr int64_t K_AT_ONCE = 512;
+  const Kernels& table = kernels();
+  const int64_t row_tiles = ceil_div(rows.rows, TILE_ROWS);
+  const int64_t column_tiles = ceil_div(columns.rows, TILE_COLUMNS);
+  at::parallel_for(0, row_tiles * column_tiles, 1, [&](int64_t begin, int64_t end) {
+    Buffer packed_rows(TILE_ROWS * K_AT_ONCE), packed_columns(TILE_COLUMNS * K_AT_ONCE);
+    Buffer tile(TILE_ROWS * TILE_COLUMNS);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t p = item % row_tiles * TILE_ROWS, q = item / row_tiles * TILE_COLUMNS;
+      const int64_t p_count = std::min(TILE_ROWS, rows.rows - p);
+      const int64_t q_count = std::min(TILE_COLUMNS, columns.rows - q);
+      int64_t k = 0;
+      do {
+        const int64_t n = std::min(K_AT_ONCE, rows.columns - k);
+        pack(rows, p, p_count, k, n, table.row_panel, packed_rows.data(), n * table.row_panel);
+        pack(
+            columns, q, q_count, k, n, table.column_panel, packed_columns.data(),
+            n * table.column_panel);
+        table.multiply(
+            packed_rows.data(), ceil_div(p_count, table.row_panel), n * table.row_panel,
+            packed_columns.data(), ceil_div(q_count, table.column_panel), n * table.column_panel,
+            n, tile.data(), TILE_COLUMNS, k > 0);
+        k += K_AT_ONCE;
+      } while (k < rows.columns);
+      if (alpha != 1.0f) {
+        for (int64_t i = 0; i < p_count * TILE_COLUMNS; ++i) tile.data()[i] *= alpha;
+      }
+      store_tile(tile.data(), TILE_COLUMNS, p_count, q_count, out, p, q);
+    }
+  });
+}
+
+void store_tile(
+    const float* c, int64_t ldc, int64_t rows, int64_t columns, at::Tensor& out, int64_t row,
+    int64_t column) {
+  const Kernels& table = kernels();
+  const Dtype dtype = dtype_of(out);
+  const int64_t size = dtype == Dtype::float32 ? 4 : 2, stride = out.stride(0);
+  char* to = static_cast<char*>(out.mutable_data_ptr()) + (row * stride + column) * size;
+  for (int64_t i = 0; i < rows; ++i, to += stride * size) {
+    table.from_float(c + i * ldc, columns, dtype, to);
+  }
+}
+
+void vector_to_float(const at::Tensor& vector, int64_t first, int64_t count, float* to) {
+  const Matrix row(vector.unsqueeze(0));
+  kernels().to_float(row.at(0, first), row.dtype, row.column_stride, count, to);
+}
+
+int64_t rows_at_once(int64_t rows, int64_t bytes_per_row, int64_t max_bytes) {
+  const int64_t most = std::max(TILE_ROWS, max_bytes / std::max<int64_t>(bytes_per_row, 1));
+  const int64_t shares = ceil_div(rows, most);
+  return round_up(ceil_div(rows, std::max<int64_t>(shares, 1)), TILE_ROWS);
+}
+
+}  // namespace perl_kernels::cpu

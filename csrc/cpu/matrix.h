@@ -1,0 +1,104 @@
+// Matrix views of any dtype and strides, and packing them for Kernels::multiply.
+//
+// Every product here is rows (P, K) times columns (Q, K)^T. Both operands are packed to float32
+// panels tile by tile, which is where dtype, strides, transposes, scaling and dropout end: no
+// tensor is copied whole.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace perl_kernels::cpu {
+
+// Tile sizes, multiples of every table's panels (6 and 12 rows; 8, 16 and 32 columns). A block of
+// packed rows, a block of packed columns and their tile of results fit in the second cache.
+constexpr int64_t TILE_ROWS = 120;
+constexpr int64_t TILE_COLUMNS = 192;
+
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+inline int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
+
+struct Dropout {
+  double p = 0.0;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+
+  Dropout(double p, const std::optional<at::Tensor>& seed_tensor) : p(p) {
+    if (p == 0.0) return;
+    TORCH_CHECK_VALUE(seed_tensor.has_value(), "dropout_p is ", p, " and there is no seed");
+    seed = static_cast<uint64_t>(seed_tensor->item<int64_t>());
+    threshold = static_cast<uint32_t>(p * 4294967296.0);
+  }
+  bool active() const { return p > 0.0; }
+  // What the kept elements are multiplied by.
+  float gain() const { return static_cast<float>(1.0 / (1.0 - p)); }
+};
+
+// A view: element (p, k) lies at data + p * row_stride + k * column_stride, times `scale`.
+struct Matrix {
+  const char* data;
+  Dtype dtype;
+  int64_t rows, columns, row_stride, column_stride;
+  float scale = 1.0f;
+  const Dropout* dropout = nullptr;  // of element (p, k), or (k, p) after t()
+  bool transposed = false;
+
+  Matrix(const float* values, int64_t rows, int64_t columns, int64_t row_stride)
+      : data(reinterpret_cast<const char*>(values)), dtype(Dtype::float32), rows(rows),
+        columns(columns), row_stride(row_stride), column_stride(1) {}
+  explicit Matrix(const at::Tensor& tensor);
+
+  Matrix t() const;
+  Matrix scaled(float factor) const;
+  Matrix dropped(const Dropout& dropout) const;  // without the gain
+
+  int64_t element_size() const { return dtype == Dtype::float32 ? 4 : 2; }
+  const char* at(int64_t row, int64_t column) const {
+    return data + (row * row_stride + column * column_stride) * element_size();
+  }
+};
+
+Dtype dtype_of(const at::Tensor& tensor);
+
+// Float scratch, aligned to a cache line; not initialized.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : memory_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(floats, 1) * sizeof(float))) {}
+  float* data() { return static_cast<float*>(memory_.get()); }
+
+ private:
+  at::DataPtr memory_;
+};
+
+// Pack rows p .. p + p_count, inner k .. k + k_count of m into panels of `width`: panel i starts at
+// to + i * panel_stride and is [k_count][width]. A last panel is filled up with zeros.
+void pack(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
+    float* to, int64_t panel_stride);
+
+// out (P, Q) = alpha * rows (P, K) columns (Q, K)^T, rounded once.
+void product(const Matrix& rows, const Matrix& columns, float alpha, at::Tensor& out);
+
+// Write rows of c (float, ldc) to `out`'s rows from `row` and columns from `column`; out is
+// contiguous in its columns.
+void store_tile(
+    const float* c, int64_t ldc, int64_t rows, int64_t columns, at::Tensor& out, int64_t row,
+    int64_t column);
+
+// A vector as floats.
+void vector_to_float(const at::Tensor& vector, int64_t first, int64_t count, float* to);
+
+// How many rows to work on at once, at most max_bytes of packed operands, in even shares.
+int64_t rows_at_once(int64_t rows, int64_t bytes_per_row, int64_t max_bytes);
+
+}  // namespace perl_kernels::cpu

@@ -1,0 +1,684 @@
+"""Figures and report.html: of one run folder, or of several ways of tuning beside each other.
+
+    write_run_report("runs/sft")                  # metrics, samples and config of one run
+    write_comparison(
+        "runs/demo",
+        "LoRA beside full tuning",
+        arms={
+            "LoRA": Arm({"SFT": Phase("runs/demo/lora-sft"), "REINFORCE": Phase(...)}),
+            "full": Arm({"SFT": Phase("runs/demo/full-sft"), "REINFORCE": Phase(...)}),
+        },
+        table=[{"": "trainable parameters", "LoRA": 33_000, "full": 640_000}],
+    )
+
+The page is one file without scripts or links: drawings are inline SVG whose colours are CSS
+variables, so they follow the reader's light or dark scheme. The same drawings lie beside it as PNG.
+Without matplotlib the page has its tables and samples, and says how to get the figures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from perl.config import UsageError, tomllib
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run of an arm. A cost that is not given is `phase_cost` of the run."""
+
+    run: str | Path
+    step_ms: float | None = None
+    peak_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of tuning: its runs by the name of their phase, in the order of work."""
+
+    phases: Mapping[str, Phase]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a policy answered; `note` stands beside its label, such as "oracle 0.93"."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Answers to one prompt, side by side under their labels ("before", "after")."""
+
+    prompt: Any  # text, or a list of {role, content} messages
+    answers: Mapping[str, Answer]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A drawing of lines over steps, label -> (steps, values). An empty line keeps its colour."""
+
+    title: str
+    unit: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A drawing of bars in groups, label -> {group: value}."""
+
+    title: str
+    unit: str
+    values: Mapping[str, Mapping[str, float]]
+
+
+def write_run_report(run_folder: str | Path) -> Path:
+    """Writes report.html and curves.png into the folder of an sft, reward or reinforce run.
+
+    Raises:
+        UsageError: the folder holds no metrics.jsonl.
+    """
+    folder = Path(run_folder)
+    rows, config = _metrics(folder), _config(folder)
+    kind = _kind(config)
+    curves = _curves(rows, kind)
+    panels = [
+        Panel(c.title, c.unit, {label: _line(rows, key, c.scale) for key, label in c.keys.items()})
+        for c in curves
+    ]
+    title = f"{kind}: {folder.resolve().name}"
+    return _write(
+        folder,
+        title,
+        [_summary(rows, config)],
+        [
+            ("Learning curves", _drawings(folder / "curves.png", panels)),
+            ("Figures", _table(_figures(rows, curves))),
+            ("Samples", _samples(run_samples(folder))),
+            ("Configuration", _configuration(config)),
+        ],
+    )
+
+
+def try_run_report(run_folder: str | Path) -> None:
+    """`write_run_report` for the end of a run: a failure is a line on stderr, the run stays."""
+    try:
+        print(f"report: {write_run_report(run_folder)}", file=sys.stderr)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        print(f"no report of {run_folder}, the run itself is whole: {reason}", file=sys.stderr)
+
+
+def write_comparison(
+    folder: str | Path,
+    title: str,
+    arms: Mapping[str, Arm],
+    table: Sequence[Mapping[str, Any]],
+    *,
+    notes: Sequence[str] = (),
+    panels: Sequence[Panel] = (),
+    samples: Sequence[Sample] | None = None,
+) -> Path:
+    """Writes report.html, curves.png and costs.png into `folder`: arms beside each other.
+
+    Args:
+        arms: label -> its runs. Curves come from their metrics, a drawing per phase and figure.
+        table: rows; the keys of the first are the heads, and its first column names the rows.
+        notes: paragraphs of plain text under the title.
+        panels: drawings to put before those of the runs, such as the oracle's score over steps;
+            with the labels of `arms`, in their order, they get the same colours.
+        samples: by default the first and the last answers in samples.jsonl of the arms' runs.
+
+    Raises:
+        UsageError: a run folder holds no metrics.jsonl.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if samples is None:
+        samples = _samples_of_arms(arms)
+    return _write(
+        folder,
+        title,
+        notes,
+        [
+            ("Figures", _table(table)),
+            ("Time and memory", _drawings(folder / "costs.png", _cost_bars(arms))),
+            ("Learning curves", _drawings(folder / "curves.png", [*panels, *_arm_panels(arms)])),
+            ("Samples", _samples(samples)),
+        ],
+    )
+
+
+def phase_cost(run_folder: str | Path) -> dict[str, float]:
+    """{"step_ms": median step time in ms, "peak_mb": peak memory in MB of 10^6 bytes} of a run.
+
+    What the run did not log is left out. Raises UsageError where there is no metrics.jsonl.
+    """
+    rows = _metrics(Path(run_folder))
+    _, times = _line(rows, "step_s", 1e3)
+    _, peaks = _line(rows, "peak_memory_bytes", 1e-6)
+    cost = {"step_ms": statistics.median(times)} if times else {}
+    return cost | ({"peak_mb": max(peaks)} if peaks else {})
+
+
+def run_samples(run_folder: str | Path) -> list[Sample]:
+    """The first and the last answers to each sampled prompt; empty where a run samples nothing."""
+    by_step: dict[int, Rows] = {}
+    for row in _jsonl(Path(run_folder) / "samples.jsonl"):
+        by_step.setdefault(row["step"], []).append(row)
+    ends = [by_step[step] for step in sorted({min(by_step), max(by_step)})] if by_step else []
+    return [
+        Sample(
+            same[0]["prompt"],
+            {
+                f"step {row['step']:,}": Answer(row["completion"], f"reward {_text(row['reward'])}")
+                for row in same
+            },
+        )
+        for same in zip(*ends, strict=False)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run folder says
+
+Rows = list[dict[str, Any]]
+Line = tuple[list[float], list[float]]  # steps, values
+
+
+def _jsonl(path: Path) -> Rows:
+    """The lines of a JSONL file up to one that a kill has torn; none where there is no file."""
+    rows: Rows = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _metrics(folder: Path) -> Rows:
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} holds no metrics.jsonl; give the folder of a training run")
+    return _jsonl(folder / "metrics.jsonl")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _kind(config: dict[str, Any]) -> str:
+    """The kind of run, by an option that only its command has."""
+    if "prompts_per_step" in config:
+        return "REINFORCE"
+    if "balance_labels" in config:
+        return "Reward model"
+    return "SFT" if config else "Run"
+
+
+def _summary(rows: Rows, config: dict[str, Any]) -> str:
+    """One line under the title: how far the run came, and on what."""
+    parts = [f"{rows[-1]['step']:,} of {config.get('steps', '?')} steps" if rows else "no steps"]
+    if config.get("tuning") == "lora":
+        parts.append(f"LoRA of rank {config['lora_rank']}")
+    elif config:
+        parts.append("full tuning")
+    parts += [f"{key} {config[key]}" for key in ("model", "data") if key in config]
+    return " · ".join(parts)
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    table = _table([{"key": key, "value": str(value)} for key, value in config.items()])
+    return table and f"<details><summary>{len(config)} values</summary>{table}</details>"
+
+
+def _line(rows: Rows, key: str, scale: float = 1.0) -> Line:
+    """Steps and scaled values of a metric; what is absent, null or no number is passed over."""
+    points = [
+        (row["step"], value * scale)
+        for row in rows
+        if _is_number(value := row.get(key)) and math.isfinite(value)
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The metrics that share a drawing, key -> label; `scale` brings their values to `unit`."""
+
+    title: str
+    unit: str
+    keys: Mapping[str, str]
+    scale: float = 1.0
+
+
+_REWARD = _Curve("Reward", "score", {"reward": "training", "validation_reward": "held out"})
+_KL = _Curve("KL to the anchor", "nats per answer", {"kl": "training", "validation_kl": "held out"})
+_LOSS = _Curve("Loss", "nats", {"loss": "training", "validation_loss": "held out"})
+_ACCURACY = _Curve(
+    "Accuracy", "share right", {"accuracy": "training", "validation_accuracy": "held out"}
+)
+_AUC = _Curve(
+    "Good and bad told apart, held out",
+    "share",
+    {"validation_auc": "AUC", "validation_balanced_accuracy": "balanced accuracy"},
+)
+_ENTROPY = _Curve("Entropy", "nats per token", {"entropy": "training"})
+_CURVES = (
+    _REWARD,
+    _KL,
+    _LOSS,
+    _Curve("Perplexity", "", {"validation_perplexity": "held out"}),
+    _ACCURACY,
+    _AUC,
+    _ENTROPY,
+    _Curve("Answer length", "tokens", {"length": "training"}),
+    _Curve("Value loss", "squared error", {"value_loss": "training"}),
+    _Curve(
+        "Gradient norm before clipping",
+        "norm",
+        {"grad_norm": "all", "policy_grad_norm": "policy", "value_grad_norm": "value"},
+    ),
+    _Curve(
+        "Step time",
+        "ms",
+        {"step_s": "whole step", "rollout_s": "rollout", "score_s": "score", "learn_s": "learn"},
+        1e3,
+    ),
+    _Curve("Throughput", "tokens / s", {"tokens_per_s": "training"}),
+    _Curve("Peak memory", "MB", {"peak_memory_bytes": "so far"}, 1e-6),
+    _Curve("Log-probability, sampled against learned", "nats", {"max_abs_dlogp": "largest gap"}),
+)
+_COUNTS = {"step", "tokens", "learned_tokens"}  # the size of a batch is no figure of the training
+
+
+def _curves(rows: Rows, kind: str) -> list[_Curve]:
+    """The curves that the rows have values for; metrics unknown here come last, under their key."""
+    if kind == "REINFORCE":  # its loss is −advantage · log p, which is no likelihood
+        renamed = replace(_LOSS, title="Policy loss", unit="advantage × nats")
+        curves = [renamed if curve is _LOSS else curve for curve in _CURVES]
+    else:
+        curves = list(_CURVES)
+    known = {key for curve in curves for key in curve.keys} | _COUNTS
+    others = dict.fromkeys(key for row in rows for key in row if key not in known)
+    curves += [_Curve(key, "", {key: "training"}) for key in others]
+    present = {
+        curve.title: {key: label for key, label in curve.keys.items() if _line(rows, key)[0]}
+        for curve in curves
+    }
+    return [replace(c, keys=present[c.title]) for c in curves if present[c.title]]
+
+
+def _figures(rows: Rows, curves: Sequence[_Curve]) -> list[dict[str, Any]]:
+    """A row per metric: its first and last value, and the mean of the last tenth of its values."""
+    table = []
+    for curve in curves:
+        for key, label in curve.keys.items():
+            _, values = _line(rows, key, curve.scale)
+            table.append({
+                "": f"{curve.title}, {label}" if len(curve.keys) > 1 else curve.title,
+                "unit": curve.unit,
+                "first": values[0],
+                "last": values[-1],
+                "mean of the last tenth": statistics.fmean(values[-max(1, len(values) // 10) :]),
+            })  # fmt: skip
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# What several arms say
+
+
+def _arm_panels(arms: Mapping[str, Arm]) -> list[Panel]:
+    """The arms' lines over each other, a panel for every figure of every phase."""
+    panels = []
+    for phase in dict.fromkeys(name for arm in arms.values() for name in arm.phases):
+        rows = {
+            label: _metrics(Path(arm.phases[phase].run)) if phase in arm.phases else []
+            for label, arm in arms.items()
+        }
+        is_policy = any("reward" in row for logged in rows.values() for row in logged)
+        first = (_REWARD, _KL, _ENTROPY) if is_policy else (_LOSS, _ACCURACY, _AUC)
+        for curve in first:
+            for key, what in curve.keys.items():
+                lines = {label: _line(logged, key, curve.scale) for label, logged in rows.items()}
+                if any(steps for steps, _ in lines.values()):
+                    panels.append(Panel(f"{phase} · {curve.title}, {what}", curve.unit, lines))
+    return panels
+
+
+def _cost_bars(arms: Mapping[str, Arm]) -> list[Bars]:
+    times: dict[str, dict[str, float]] = {label: {} for label in arms}
+    peaks: dict[str, dict[str, float]] = {label: {} for label in arms}
+    for label, arm in arms.items():
+        for name, phase in arm.phases.items():
+            given = {"step_ms": phase.step_ms, "peak_mb": phase.peak_mb}
+            cost = phase_cost(phase.run) | {k: v for k, v in given.items() if v is not None}
+            if "step_ms" in cost:
+                times[label][name] = cost["step_ms"]
+            if "peak_mb" in cost:
+                peaks[label][name] = cost["peak_mb"]
+    return [Bars("Step time", "ms, median", times), Bars("Peak memory", "MB", peaks)]
+
+
+def _samples_of_arms(arms: Mapping[str, Arm]) -> list[Sample]:
+    """The samples of all runs, those of one prompt together, under the names of their arms."""
+    merged: dict[str, Sample] = {}
+    for label, arm in arms.items():
+        for phase in arm.phases.values():
+            for sample in run_samples(phase.run):
+                answers = {f"{label}, {step}": a for step, a in sample.answers.items()}
+                key = json.dumps(sample.prompt)
+                before = merged[key].answers if key in merged else {}
+                merged[key] = Sample(sample.prompt, {**before, **answers})
+    return list(merged.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+
+_INK, _FAINT = "#1b2026", "#8b949e"
+_COLOURS = ("#1f6feb", "#d9480f", "#1a7f37", "#8250df", "#9a6700", "#cf222e")
+_DARK = {
+    _INK: "#e6edf3",
+    _FAINT: "#768390",
+    **dict(
+        zip(
+            _COLOURS,
+            ("#6cb0ff", "#ff9657", "#5fd068", "#c9a2ff", "#e3b341", "#ff8f88"),
+            strict=True,
+        )
+    ),
+}
+_SIZE = (4.4, 3.0)  # inches of one drawing
+_STYLE = {
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-4, 6),
+    "grid.color": _FAINT,
+    "grid.alpha": 0.3,
+    "xtick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.color": _FAINT,
+    "ytick.labelcolor": _INK,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.08,
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+def _drawings(png: Path, drawings: Sequence[Panel | Bars]) -> str:
+    """The drawings as inline SVG, side by side where there is room; all of them in `png` too."""
+    drawings = [d for d in drawings if any(map(len, _points(d)))]
+    if not drawings:
+        return ""
+    try:
+        import matplotlib
+        import matplotlib.image
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>The figures need matplotlib: <code>pip install matplotlib</code></p>"
+    pictures, tiles = [], []
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": png.name}):
+        for number, drawing in enumerate(drawings):
+            figure, svg = Figure(figsize=_SIZE, dpi=144, layout="constrained"), io.StringIO()
+            canvas = FigureCanvasAgg(figure)
+            _draw(drawing, figure)
+            canvas.draw()
+            tiles.append(numpy.array(canvas.buffer_rgba()))
+            figure.set_layout_engine("none")  # the layout stays as it was found
+            figure.savefig(svg, format="svg", transparent=True)
+            name = f"{drawing.title} ({drawing.unit})" if drawing.unit else drawing.title
+            pictures.append(_inline(svg.getvalue(), f"{png.stem}{number}-", name))
+    columns = len(tiles) if len(tiles) < 3 else 2 if len(tiles) == 4 else 3
+    tiles += [numpy.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    rows = [numpy.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    matplotlib.image.imsave(png, numpy.vstack(rows))
+    thin = any(isinstance(d, Panel) and max(map(len, _points(d))) >= 2 * _PARTS for d in drawings)
+    note = "<p>Thin: single steps. Thick: their moving mean.</p>" if thin else ""
+    return f'{note}<div class="drawings">{"".join(pictures)}</div>'
+
+
+def _points(drawing: Panel | Bars) -> list[Any]:
+    if isinstance(drawing, Bars):
+        return list(drawing.values.values())
+    return [steps for steps, _ in drawing.lines.values()]
+
+
+def _draw(drawing: Panel | Bars, figure: Any) -> None:
+    """Draws into a matplotlib Figure."""
+    axes = figure.subplots()
+    axes.set_title(drawing.title, loc="left")
+    axes.set_ylabel(drawing.unit)
+    axes.tick_params(length=3)
+    labels = _draw_bars(drawing, axes) if isinstance(drawing, Bars) else _draw_lines(drawing, axes)
+    if labels > 1:
+        figure.legend(loc="outside lower center", ncols=min(labels, 4), handlelength=1.2)
+
+
+def _draw_lines(panel: Panel, axes: Any) -> int:
+    """Thin single steps under a thick moving mean, where there are many; returns the labels."""
+    drawn = 0
+    for colour, (label, (steps, values)) in zip(cycle(_COLOURS), panel.lines.items(), strict=False):
+        if not len(steps):
+            continue
+        drawn += 1
+        window = len(values) // _PARTS
+        if window > 1:
+            stride = math.ceil(len(values) / 800)  # a finer line than the screen's is only weight
+            axes.plot(steps[::stride], values[::stride], color=colour, alpha=0.3, linewidth=0.8)
+            values = _moving_mean(values, window)
+            axes.plot(steps[::stride], values[::stride], color=colour, label=label, linewidth=1.8)
+        else:
+            axes.plot(steps, values, ".-", color=colour, label=label, linewidth=1.5, markersize=5)
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.unit in _FROM_ZERO:
+        highest = max(max(values, default=0.0) for _, values in panel.lines.values())
+        axes.set_ylim(0, 1.1 * highest or 1.0)
+    return drawn
+
+
+_PARTS = 20  # the moving mean is over this share of a line
+_FROM_ZERO = {"ms", "MB", "tokens", "tokens / s"}
+
+
+def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over `window` values around each one; fewer at both ends."""
+    ones = numpy.ones(window)
+    total = numpy.convolve(values, ones, "same")
+    return (total / numpy.convolve(numpy.ones(len(values)), ones, "same")).tolist()
+
+
+def _draw_bars(bars: Bars, axes: Any) -> int:
+    """Bars of a group side by side, each with its value; returns the number of labels."""
+    groups = list(dict.fromkeys(group for values in bars.values.values() for group in values))
+    width = 0.8 / len(bars.values)
+    for i, (colour, (label, values)) in enumerate(
+        zip(cycle(_COLOURS), bars.values.items(), strict=False)
+    ):
+        places = [groups.index(group) - 0.4 + (i + 0.5) * width for group in values]
+        boxes = axes.bar(places, list(values.values()), 0.92 * width, label=label, color=colour)
+        size = min(8.5, 60 / (len(groups) * len(bars.values)))
+        axes.bar_label(boxes, [_text(v, 3) for v in values.values()], padding=2, fontsize=size)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.12)
+    return len(bars.values)
+
+
+def _inline(svg: str, prefix: str, name: str) -> str:
+    """matplotlib's SVG as an element of the page: own ids, and CSS variables for its colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    for colour in _DARK:
+        svg = svg.replace(colour, f"var({_variable(colour)})")
+    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    opening = f'<svg role="img" aria-label="{_shown(name)}" {box}>'
+    return re.sub(r"<svg\b[^>]*>", lambda _: opening, svg, count=1).strip()
+
+
+def _variable(colour: str) -> str:
+    return f"--c{list(_DARK).index(colour)}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+
+def _text(value: Any, digits: int = 4) -> str:
+    """A value as text: numbers with `digits` significant digits, thousands apart."""
+    if not _is_number(value) or not math.isfinite(value):
+        return "–" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of dicts: heads are the keys of the first, numbers stand on the right."""
+    if not rows:
+        return ""
+    heads = list(rows[0])
+    head = "".join(
+        f'<th scope="col"{_NUMBER if _is_number(rows[0][name]) else ""}>{_shown(name)}</th>'
+        for name in heads
+    )
+    body = "".join(
+        "<tr>"
+        + f'<th scope="row">{_shown(_text(row.get(heads[0])))}</th>'
+        + "".join(_cell(row.get(name)) for name in heads[1:])
+        + "</tr>"
+        for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _cell(value: Any) -> str:
+    return f"<td{_NUMBER if value is None or _is_number(value) else ''}>{_shown(_text(value))}</td>"
+
+
+_NUMBER = ' class="number"'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(text: str) -> str:
+    """Text for the page: markup escaped, control characters visible."""
+    return escape(text.translate(_CONTROLS))
+
+
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    return "".join(
+        f'<article><pre class="prompt">{_shown(_prompt(sample.prompt))}</pre><div class="answers">'
+        + "".join(
+            f"<div><h3>{_shown(label)} <small>{_shown(answer.note)}</small></h3>"
+            f"<pre>{_shown(answer.text)}</pre></div>"
+            for label, answer in sample.answers.items()
+        )
+        + "</div></article>"
+        for sample in samples
+    )
+
+
+def _prompt(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _write(
+    folder: Path, title: str, notes: Sequence[str], sections: Sequence[tuple[str, str]]
+) -> Path:
+    """The page; sections without contents are left out."""
+    parts = [f"<h1>{_shown(title)}</h1>"]
+    parts += [f"<p>{_shown(note)}</p>" for note in notes]
+    parts += [f"<section><h2>{head}</h2>{body}</section>" for head, body in sections if body]
+    light = "".join(f"{_variable(colour)}:{colour};" for colour in _DARK)
+    dark = "".join(f"{_variable(colour)}:{other};" for colour, other in _DARK.items())
+    page = _PAGE.format(
+        title=_shown(title), light=light, dark=dark, css=_CSS, body="\n".join(parts)
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ {light} --page: #ffffff; --card: #f6f8fa; --rule: #d8dee4; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ {dark} --page: #12161c; --card: #1b212a; --rule: #333c47; }}
+}}
+{css}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_CSS = """body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--page);
+  color: var(--c0); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin: 0.5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 0.75rem; }
+h3 { font-size: 0.9rem; margin: 0 0 0.25rem; }
+summary { cursor: pointer; margin-bottom: 0.5rem; }
+small { font-weight: normal; margin-left: 0.5em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; overflow-wrap: normal; }
+th, td { padding: 0.3rem 0.9rem 0.3rem 0; text-align: left; border-bottom: 1px solid var(--rule);
+  vertical-align: top; }
+tbody th { font-weight: normal; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.drawings { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+svg { width: 100%; max-width: 34rem; height: auto; }
+article { background: var(--card); border-radius: 6px; padding: 0.75rem 1rem; margin: 0 0 1rem; }
+.answers { display: grid; gap: 0.75rem 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); }
+pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.45 ui-monospace, monospace; }
+.prompt { margin-bottom: 0.75rem; padding-bottom: 0.75rem; border-bottom: 1px solid var(--rule); }
+"""

@@ -1,0 +1,372 @@
+"""The benchmark harness: what it times, weighs, checks, keeps and prints."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import _bars, _measure, _results, gpu, report
+from benchmarks._measure import Case, Compared, Contest
+from benchmarks._results import Results, Row
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+ROOMS = ["lora_linear", "linear_log_prob", "linear_kl", "policy_loss", "log_prob"]
+
+
+def make_row(**changes):
+    row = Row(
+        room="lora_linear", check=_bars.TRAIN, shape={"N": 8, "D": 4, "O": 4, "R": 16},
+        dtype="bf16", device="cpu", backend="cpu", median_s=2e-3, spread=0.05, rounds=5,
+        contestants={
+            "frozen": {"median_s": 2e-3, "ratio": 1.0, "low": 0.9, "high": 1.1},
+            "peft": {"median_s": 5e-3, "ratio": 0.4, "low": 0.3, "high": 0.5},
+        },
+        missing={}, memory={"ours": 3 * MIB, "peft": 9 * MIB}, memory_kind="beyond",
+        errors=[{"of": "y", "unit": "relative RMS", "ours": 1e-3, "plain": 2e-3}],
+        measures={"flop_per_s": 3e9}, bars=[],
+    )  # fmt: skip
+    row = replace(row, **changes)
+    row.bars = _bars.judge(row)
+    return row
+
+
+def make_results(*rows, name="lora_linear"):
+    machine = {
+        "cpu": "Some CPU @ 2.00GHz", "instruction_sets": ["avx2"], "torch_uses": "AVX2",
+        "kernels_use": "AVX2", "cores": 2, "threads": 2, "memory_bytes": 2**34, "system": "Linux",
+    }  # fmt: skip
+    versions = dict.fromkeys(_results.PACKAGES, "1.0")
+    date = "2026-01-02T03:04:05+00:00"
+    return Results(name, "full", "pytest benchmarks", date, machine, versions, list(rows))
+
+
+# ------------------------------------------------------------------------------------------------
+# Time
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when a contestant does its work."""
+    now = [0.0]
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: now[0])
+
+    def contestant(*durations):
+        calls = [0]
+
+        def run():
+            now[0] += durations[calls[0] % len(durations)]
+            calls[0] += 1
+            return ()
+
+        return run
+
+    return contestant
+
+
+def test_ratios_are_medians_within_rounds(clock):
+    # The machine becomes three times slower for two rounds of five: both are hit alike.
+    run = {
+        "ours": clock(0.25, 0.25, 0.25, 0.75, 0.75, 0.25, 0.25),
+        "other": clock(0.5, 0.5, 0.5, 1.5, 1.5, 0.5, 0.5),
+    }
+    times = _measure.time_on_cpu(run, seconds=0.0)
+    assert times["ours"] == [0.25, 0.75, 0.75, 0.25, 0.25]
+    assert times["other"] == [0.5, 1.5, 1.5, 0.5, 0.5]
+    median, spread, contestants = _measure.summarise(times)
+    assert (median, spread) == (0.25, 2.0)
+    assert contestants["other"] == {"median_s": 0.5, "ratio": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_rounds_fill_the_time_within_limits():
+    assert _measure.rounds_for(one_round=0.1, seconds=1.0) == 10
+    assert _measure.rounds_for(one_round=1.0, seconds=1.0) == 5
+    assert _measure.rounds_for(one_round=30.0, seconds=1.0) == 3
+    assert _measure.rounds_for(one_round=1e-6, seconds=1.0) == 201
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------
+
+
+def contest_of_known_memory(case):
+    n = case.shape["N"] * MIB // 4
+
+    def ours():
+        scratch = torch.ones(3 * n)
+        return (scratch[:n].clone(),)
+
+    held = torch.ones(n)
+    return Contest({"ours": ours, "in place": lambda: (held.add_(1.0),)}, list)
+
+
+def contest_that_fails(case):
+    raise ValueError("this contest has a reason")
+
+
+def test_extra_memory_is_beyond_inputs_and_outputs():
+    case = Case("none", "none", {"N": 32}, "fp32")
+    scratch = _measure.extra_bytes(contest_of_known_memory, case, "ours")
+    nothing = _measure.extra_bytes(contest_of_known_memory, case, "in place")
+    assert abs(scratch - 96 * MIB) < 4 * MIB and nothing < 4 * MIB
+
+
+def test_a_failure_in_a_fresh_process_is_told_here():
+    case = Case("none", "none", {"N": 1}, "fp32")
+    with pytest.raises(RuntimeError, match="this contest has a reason"):
+        _measure.extra_bytes(contest_that_fails, case, "ours")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        _measure.in_fresh_process(os._exit, 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Correctness comes before speed
+# ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_timed_when_a_result_is_wrong():
+    called = []
+
+    def wrong(case):
+        exact = torch.ones(4, dtype=torch.float64)
+        compared = [Compared("y", torch.ones(4) * 1.01, torch.ones(4), exact)]
+        return Contest({"ours": lambda: called.append("ours")}, lambda: compared)
+
+    case = Case("lora_linear", _bars.TRAIN, {"N": 4}, "fp32")
+    with pytest.raises(AssertionError, match="y: error 0.01 against float64"):
+        _measure.measure(wrong, case, seconds=0.0)
+    assert not called
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_is_right_and_complete_at_tiny_shapes(room):
+    module = import_module(f"benchmarks.bench_{room}")
+    for case in module.cases("tiny"):
+        row = _measure.measure(module.contest, case, seconds=0.0, weigh=False)
+        assert row.room == room and row.median_s > 0 and row.rounds >= 5
+        assert row.errors and all(e["ours"] < 0.01 for e in row.errors)
+        known = {"ours"} | row.contestants.keys() | row.missing.keys() | row.measures.keys()
+        for bar in row.bars:
+            assert bar["what"] in ("memory", "error") or known & set(bar["what"].split("/"))
+            assert (bar["met"] == "not measured") == (bar["what"] == "memory")
+        json.dumps(row.bars, allow_nan=False)
+
+
+def test_every_bar_speaks_of_a_case_that_exists():
+    """A bar whose check or shape no preset has would never be judged."""
+    found = [c for p in ("full", "h200") for c in gpu.cases(p)]
+    for bar in _bars.BARS:
+        device = "cpu" if bar.on == "cpu" else "cuda"
+        assert any(
+            (c.device, c.room, c.check) == (device, bar.room, bar.check)
+            and bar.where.items() <= c.shape.items()
+            for c in found
+        ), bar
+
+
+# ------------------------------------------------------------------------------------------------
+# Bars
+# ------------------------------------------------------------------------------------------------
+
+
+def test_verdicts():
+    assert _bars.verdict(1.0, "<=", 1.1, 1.0) == "met, stretch"
+    assert _bars.verdict(1.05, "<=", 1.1, 1.0) == "met"
+    assert _bars.verdict(1.11, "<=", 1.1, None) == "missed"
+    assert _bars.verdict(1.9, ">=", 1.8, 2.1) == "met"
+    assert _bars.verdict(None, ">=", 1.8, 2.1) == "not measured"
+
+
+def test_bars_of_a_row():
+    found = {(b["what"], b["must"]): (b["value"], b["met"]) for b in make_row().bars}
+    assert found == {("ours/frozen", 1.3): (1.0, "met, stretch"), ("peft/ours", 1.0): (2.5, "met")}
+    absent = make_row(contestants={}, missing={"peft": "peft is not installed"})
+    assert {b["met"] for b in absent.bars} == {"not measured"}
+    other_rank = make_row(shape={"N": 8, "D": 4, "O": 4, "R": 64})
+    assert [b["what"] for b in other_rank.bars] == ["peft/ours"]
+
+
+def test_geometric_means_over_the_shapes_of_a_run():
+    slow = {"frozen": {"median_s": 1.0, "ratio": 1.21, "low": 1.2, "high": 1.3}}
+    found = _bars.geomeans([make_row(), make_row(contestants=slow)])
+    means = {b["what"]: (round(b["value"], 4), b["shapes"], b["met"]) for b in found if b["value"]}
+    assert means["ours/frozen"] == (1.1, 2, "met")
+    assert means["peft/ours"] == (2.5, 1, "met, stretch")
+    assert {b["met"] for b in found if b["what"] == "ours/full"} == {"not measured"}
+
+
+def test_memory_ratio_of_a_bar():
+    row = make_row(memory={"ours": 3, "full": 4})
+    assert _bars.value_of(row, "memory ours/full") == 0.75
+    assert _bars.value_of(row, "memory ours/peft") is None
+    assert _bars.value_of(row, "memory") == 3
+    assert _bars.value_of(row, "error") == 1e-3
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and tables
+# ------------------------------------------------------------------------------------------------
+
+
+def test_results_are_complete_after_every_row(tmp_path):
+    results = make_results()
+    for count in (1, 2):
+        results.add(make_row(), [tmp_path / "a", tmp_path / "b"])
+        paths = sorted(tmp_path.rglob("*"))
+        assert [p.name for p in paths if p.is_file()] == ["lora_linear-some-avx2-2cores.json"] * 2
+        loaded = Results.load(tmp_path / "a" / "lora_linear-some-avx2-2cores.json")
+        assert loaded == results and len(loaded.rows) == count
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"rows": []}', '{"rows": [{"room": "x"}]}'])
+def test_a_file_of_another_form_is_named(tmp_path, damage):
+    path = tmp_path / "x.json"
+    path.write_text(damage)
+    with pytest.raises(ValueError, match="x.json is not a file of benchmark results"):
+        Results.load(path)
+
+
+def test_machine_names_no_host_and_versions_are_told():
+    machine = _results.machine()
+    assert machine["cpu"] and machine["cores"] >= 1 and machine["memory_bytes"] > 2**28
+    assert os.uname().nodename not in json.dumps(machine)
+    assert _results.versions()["torch"] == torch.__version__
+
+
+def test_markdown_has_a_line_per_row_and_per_bar():
+    text = report.as_markdown(make_results(make_row(), make_row(dtype="fp32")))
+    assert "Some CPU @ 2.00GHz, 2 cores" in text and "`pytest benchmarks`" in text
+    assert "| bf16 | N8 D4 O4 R16 | 2 ms | 5% | 3 GFLOP/s | 1.00 | 0.40 | 3.0, 9.0 |" in text
+    assert "| lora_linear: forward + backward | bf16 | ours/frozen ≤ 1.3 | worst," in text
+    assert "bars: 8 met, 0 missed, 2 not measured" in text
+
+
+def test_the_worst_shape_is_the_one_reported():
+    slow = {"frozen": {"median_s": 1.0, "ratio": 1.4, "low": 1.2, "high": 1.5}}
+    rows = [make_row(), make_row(contestants=slow, shape={"N": 9, "D": 4, "O": 4, "R": 16})]
+    (line,) = (n for n in report.bars_table(rows) if n[2] == "ours/frozen ≤ 1.3")
+    assert line[3:] == ["worst, N9 D4 O4 R16", "1.4", "1.15", "missed"]
+
+
+def test_blocks_of_a_readme_follow_the_json(tmp_path, capsys):
+    results = make_results(make_row())
+    results.write([tmp_path])
+    readme = tmp_path / "README.md"
+    blocks = [f"<!-- results:{results.stem}{bars} -->\n<!-- /results -->" for bars in ("", " bars")]
+    readme.write_text("Before\n" + "\nbetween\n".join(blocks) + "\nafter\n")
+    arguments = ["--results", str(tmp_path)]
+    assert report.main([*arguments, "--check", str(readme)]) == 1
+    assert report.main([*arguments, "--readme", str(readme)]) == 0
+    assert report.main([*arguments, "--check", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("Before\n<!-- results:") and text.endswith("-->\nafter\n")
+    assert text.count("| bf16 | N8 D4 O4 R16 | 2 ms |") == 1
+    assert text.count("ours/frozen ≤ 1.3 | worst") == 2
+    results.rows[0].median_s = 9e-3
+    results.write([tmp_path])
+    assert report.main([*arguments, "--check", str(readme)]) == 1
+    assert "disagrees" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results:other -->\n<!-- /results -->", "there are no results 'other'"),
+        ("<!-- results:other -->\n", "each needs its own"),
+    ],
+)
+def test_bad_blocks_are_errors(tmp_path, capsys, text, message):
+    (tmp_path / "README.md").write_text(text)
+    code = report.main(["--results", str(tmp_path), "--check", str(tmp_path / "README.md")])
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_committed_papers_agree_with_committed_results():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("dev/*.md")]:
+        text = path.read_text()
+        assert report.rewritten(text) == text, (
+            f"{path.name}: python -m benchmarks.report --readme {path.name}"
+        )
+    for path in _results.FOLDER.glob("*.json"):
+        assert Results.load(path).stem == path.stem
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+# ------------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=550,
+    )  # fmt: skip
+
+
+def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
+    exported = tmp_path / "exported.json"
+    done = command(
+        "pytest", "benchmarks/bench_linear_kl.py", "--preset", "tiny",
+        "--results", tmp_path / "kept", "--benchmark-json", exported, "-p", "no:cacheprovider",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linear_kl: forward (MiB: beyond inputs and outputs)" in done.stdout
+    (path,) = (tmp_path / "kept").glob("linear_kl-tiny-*.json")
+    rows = Results.load(path).rows
+    assert rows and all(row.memory.keys() == {"ours", *row.contestants} for row in rows)
+    found = json.loads(exported.read_text())["benchmarks"]
+    assert len(found) == len(rows)
+    for one, row in zip(found, rows, strict=True):
+        assert one["extra_info"]["contestants"] == row.contestants
+        assert one["extra_info"]["errors"] == row.errors
+        assert one["extra_info"]["memory"] == row.memory and "bars" in one["extra_info"]
+        assert one["stats"]["median"] == row.median_s
+
+
+def test_gpu_campaign_dry_run(tmp_path):
+    done = command("benchmarks.gpu", "--dry-run", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== tests: exit code 0" in done.stdout and "FAILED" not in done.stdout
+    (path,) = tmp_path.glob("gpu-dry-run-*.json")
+    results = Results.load(path)
+    assert {row.room for row in results.rows} == {*ROOMS, "reward_step"}
+    assert not results.failures and not results.left_out
+    assert all(value > 0 for _, _, value in results.machine["ceilings"])
+
+
+def test_gpu_campaign_keeps_its_order_and_its_time(tmp_path, monkeypatch):
+    ordered = gpu.in_order(gpu.cases("h200"))
+    assert ordered[0].room == "lora_linear" and ordered[0].shape["R"] == 16
+    assert ordered[1].room == "linear_log_prob"
+    assert len(ordered) == len(gpu.cases("h200"))
+    code = gpu.main(["--dry-run", "--skip-tests", "--minutes", "0.01", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("gpu-dry-run-*.json")
+    results = Results.load(path)
+    assert code == 0 and not results.rows and len(results.left_out) == len(gpu.cases("tiny"))
+
+
+def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys):
+    wrong, right = gpu.cases("tiny")[:2]
+    monkeypatch.setattr(gpu, "cases", lambda preset: [wrong, right])
+    measure = _measure.measure
+
+    def one_is_wrong(contest_of, case, seconds, **options):
+        assert case is not wrong, "an element was not written\nand more"
+        return measure(contest_of, case, seconds, weigh=False)
+
+    monkeypatch.setattr(_measure, "measure", one_is_wrong)
+    assert gpu.main(["--dry-run", "--skip-tests", "--results", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("gpu-dry-run-*.json")
+    results = Results.load(path)
+    assert len(results.rows) == 1
+    assert "an element was not written" in results.failures[f"{wrong.room} {wrong}"]
+    assert "FAILED" in capsys.readouterr().out
