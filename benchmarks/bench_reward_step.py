@@ -68,8 +68,6 @@ def measure_step(
     case: Case,
     seconds: float,
     stopwatch: Stopwatch | None = None,
-    weigh: bool = True,
-    deadline: float | None = None,
 ) -> Row:
     """As benchmarks._measure.measure, with a process per contestant.
 
@@ -92,7 +90,7 @@ def measure_step(
         )
         run = {name: trainer.step for name, trainer in trainers.items()}
         times = time_on_cpu(run, seconds, stopwatch or plain_stopwatch)
-        memory = {name: trainer.ask("peak") for name, trainer in trainers.items()} if weigh else {}
+        memory = {name: trainer.ask("peak") for name, trainer in trainers.items()}
     finally:
         for trainer in trainers.values():
             trainer.close()

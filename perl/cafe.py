@@ -645,18 +645,14 @@ def _note(prompt: str) -> dict[str, str]:
     return {"prompt": heard + "Note:", "completion": " " + _fact(read_prompt(prompt))}
 
 
-def _talk(rng: random.Random) -> dict[str, str]:
-    """A line of the menu, a sign, small talk."""
+def _line(rng: random.Random) -> dict[str, str]:
+    """A line of the menu or a sign."""
     item, day = rng.choice((_drink(rng), _food(rng))), rng.choice(tuple(HOURS))
-    sentences = (*_OFF_TOPIC, *_RUDE_OPENERS, *_OPENERS, *_CLOSINGS, "Which size would you like?")
     opening, closing = HOURS[day]
-    lines = (
-        ("Menu:", f" {item.text()} is {_euros(item.price)}."),
-        ("Sign:", f" on {day} we open at {opening} and close at {closing}."),
-        ("Heard:", " " + " ".join(rng.sample(sentences, 3))),
-    )
-    prompt, completion = rng.choices(lines, (4, 1, 2))[0]
-    return {"prompt": prompt, "completion": completion}
+    if rng.random() < 0.75:
+        return {"prompt": "Menu:", "completion": f" {item.text()} is {_euros(item.price)}."}
+    line = f" on {day} we open at {opening} and close at {closing}."
+    return {"prompt": "Sign:", "completion": line}
 
 
 # --------------------------------------------------------------------------------- the world
@@ -714,7 +710,12 @@ def build_world(
         return prompt
 
     def overheard() -> dict[str, str]:
-        return _note(draw()) if rng.random() < 0.8 else _talk(rng)
+        kind = rng.random()
+        if kind < 0.65:
+            return _note(draw())
+        if kind < 0.9:  # somebody's answer to nobody knows what
+            return {"prompt": "Heard:", "completion": demonstration()["completion"]}
+        return _line(rng)
 
     def demonstration() -> dict[str, str]:
         prompt = draw()

@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except cfg.Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
         _report(config)
+        print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("stopped: Ctrl-C", file=sys.stderr)

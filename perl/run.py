@@ -5,6 +5,7 @@
     RUN/samples.jsonl          one line per sampled answer (reinforce)
     RUN/checkpoints/step-N/    state.json, one .safetensors per group of tensors, the roles' folders
     RUN/<role>/                the result: a PEFT adapter or a transformers folder
+    RUN/report.html            curves and figures, which the command line adds at the end
 
 A checkpoint is written to a temporary folder and renamed, so it is whole or absent. Resuming takes
 the newest one and cuts metrics and samples behind its step: the lines that follow are those of an

@@ -34,7 +34,7 @@ def define(schema: str) -> None:
 
 
 def define_compiled(name: str, *backends: str) -> None:
-    """Give op `name` a twin for each compiled extension: same arguments, `_cpu` or `_cuda` behind."""
+    """Give op `name` a twin per compiled extension: same arguments, `_cpu` or `_cuda` behind."""
     schema = str(getattr(torch.ops.perl_kernels, name).default._schema)
     for backend in backends:
         define(schema.replace(f"{NAMESPACE}::{name}", f"{name}_{backend}"))

@@ -14,7 +14,7 @@ from perl import cli, report
 from perl.config import ReinforceConfig, RewardConfig, SftConfig, UsageError, write_toml
 from perl.report import Answer, Arm, Panel, Phase, Sample
 
-NASTY = "<script>alert('$x$ & \"y\"')</script>"
+NASTY = "<script>alert('$\\x$ & \"y\"')</script>"
 
 
 def make_run(folder, config_class, rows, samples=(), **changes):

@@ -13,7 +13,8 @@ import pytest
 
 
 def test_every_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
+    # the interpreters of older releases fail on numpy 2.4's stricter scalars
+    pytest.importorskip("triton", minversion="3.7")
     tests = Path(__file__).with_name("interpreter_triton.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -21,6 +21,7 @@ const Kernels& widest(int cap) {
   return kernels_default;
 }
 
+// 0 default, 1 avx2, 2 avx512
 int cap_of_environment() {
   const char* value = std::getenv("PERL_KERNELS_CPU_CAPABILITY");
   const std::string cap = value == nullptr || *value == 0 ? "avx512" : value;
@@ -35,6 +36,15 @@ int cap_of_environment() {
 std::string cpu_capability() { return kernels().name; }
 
 }  // namespace
+
+bool multiplies_bfloat16() {
+#ifdef PERL_KERNELS_X86
+  static const bool yes = cap_of_environment() >= 2 && __builtin_cpu_supports("avx512bf16");
+  return yes;
+#else
+  return false;
+#endif
+}
 
 const Kernels& kernels() {
   static const Kernels& chosen = widest(cap_of_environment());

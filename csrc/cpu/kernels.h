@@ -81,4 +81,7 @@ extern const Kernels kernels_avx512;
 // (default, avx2 or avx512) when that is set.
 const Kernels& kernels();
 
+// The processor has instructions that multiply bfloat16, and the environment allows AVX-512.
+bool multiplies_bfloat16();
+
 }  // namespace perl_kernels::cpu

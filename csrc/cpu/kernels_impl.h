@@ -12,7 +12,8 @@ namespace {
 constexpr int64_t W = PERL_LANES;
 constexpr int64_t ROW_PANEL = W == 16 ? 12 : 6;  // 2 * ROW_PANEL accumulators fill the registers
 constexpr int64_t COLUMN_PANEL = 2 * W;
-constexpr int64_t K_BLOCK = 128;  // K_BLOCK * COLUMN_PANEL floats stay in the first cache
+// A panel of columns stays in the first cache; and a sum of sums of 128 rounds less than one sum.
+constexpr int64_t K_BLOCK = 128;
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float INFINITE = __builtin_inff();
 
@@ -40,11 +41,17 @@ PERL_INLINE double sum_of(Floats v) {
 // ------------------------------------------------------------------------------------------------
 
 PERL_INLINE void multiply_panel(
-    const float* rows, const float* columns, int64_t k, float* c, int64_t ldc, bool add) {
+    const float* rows, const float* next_rows, const float* columns, int64_t k, float* c,
+    int64_t ldc, bool add) {
   Floats sums[ROW_PANEL][2];
 #pragma GCC unroll 12
-  for (int64_t i = 0; i < ROW_PANEL; ++i) sums[i][0] = sums[i][1] = Floats{};
+  for (int64_t i = 0; i < ROW_PANEL; ++i) {
+    sums[i][0] = sums[i][1] = Floats{};
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + W, 1);
+  }
   for (int64_t step = 0; step < k; ++step) {
+    __builtin_prefetch(next_rows + step * ROW_PANEL);
     const Floats left = load(columns), right = load(columns + W);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROW_PANEL; ++i) {
@@ -78,6 +85,7 @@ void multiply(
       for (int64_t i = 0; i < row_panels; ++i) {
         multiply_panel(
             rows + i * row_panel_stride + first * ROW_PANEL,
+            rows + (i + 1 < row_panels ? i + 1 : 0) * row_panel_stride + first * ROW_PANEL,
             columns + j * column_panel_stride + first * COLUMN_PANEL, length,
             c + i * ROW_PANEL * ldc + j * COLUMN_PANEL, ldc, add || first > 0);
       }

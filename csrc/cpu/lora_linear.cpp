@@ -6,6 +6,10 @@
 // D and then over R_i. Backward likewise: rows [dy_0 | dy_1 | ... | ds], columns
 // [weight_0^T | weight_1^T | ... | a^T], the adapter's part first, so that the dropout mask can be
 // applied to it before the rest is added.
+//
+// Where packing does not pay (few rows) or the processor multiplies bfloat16 itself, the products
+// go to ATen instead, with the adapter added to its result in place.
+#include <ATen/Functions.h>
 #include <torch/library.h>
 
 #include "matrix.h"
@@ -27,6 +31,74 @@ std::vector<int64_t> offsets_of(TensorList tensors, int64_t dim) {
 
 // The adapters' a, stacked to (sum of R, D).
 Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
+
+// Packing weight costs about as much as multiplying it with a dozen rows in float32; ATen's own
+// bfloat16 and float16 products are slow without the instructions for them.
+bool better_by_aten(const Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return x.size(0) < 64;
+  return x.size(0) < 4 || (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16());
+}
+
+// scale * left right, rounded once
+Tensor scaled_mm(double scale, const Tensor& left, const Tensor& right) {
+  return at::addmm(at::zeros({}, left.options()), left, right, 0, scale);
+}
+
+// x with dropped elements 0 and the others times `gain`.
+Tensor dropped(const Tensor& x, const Dropout& dropout, float gain) {
+  const Kernels& table = kernels();
+  const int64_t D = x.size(1);
+  Tensor out = at::empty(x.sizes(), x.options());
+  const Matrix view(x);
+  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+    Buffer row(D);
+    for (int64_t n = begin; n < end; ++n) {
+      table.to_float(view.at(n, 0), view.dtype, view.column_stride, D, row.data());
+      table.drop(row.data(), D, dropout.seed, dropout.threshold, n, 0);
+      for (int64_t i = 0; i < D; ++i) row.data()[i] *= gain;
+      store_tile(row.data(), D, 1, D, out, n, 0);
+    }
+  });
+  return out;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> forward_by_aten(
+    const Tensor& x, TensorList weight, TensorList bias, TensorList a, TensorList b,
+    at::ArrayRef<double> scale, const Dropout& dropout) {
+  const std::vector<int64_t> r = offsets_of(a, 0);
+  const Tensor input = dropout.active() ? dropped(x, dropout, dropout.gain()) : x;
+  Tensor s = at::mm(input, stacked(a).to(x.scalar_type()).t());
+  std::vector<Tensor> y;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    y.push_back(at::linear(x, weight[i], bias.empty() ? std::optional<Tensor>() : bias[i]));
+    y[i].addmm_(s.slice(1, r[i], r[i + 1]), b[i].to(x.scalar_type()).t(), 1, scale[i]);
+  }
+  return {y, s};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward_by_aten(
+    TensorList dy, const Tensor& x, TensorList weight, TensorList a, TensorList b,
+    at::ArrayRef<double> scale, const Dropout& dropout, const Tensor& s, bool need_dx,
+    bool need_dab) {
+  const std::vector<int64_t> r = offsets_of(a, 0);
+  std::vector<Tensor> ds, da, db;
+  for (size_t i = 0; i < dy.size(); ++i) {
+    ds.push_back(scaled_mm(scale[i], dy[i], b[i].to(x.scalar_type())));
+  }
+  if (need_dab) {
+    const Tensor input = dropout.active() ? dropped(x, dropout, dropout.gain()) : x;
+    for (size_t i = 0; i < dy.size(); ++i) {
+      const Tensor s_i = s.slice(1, r[i], r[i + 1]);
+      da.push_back(at::mm(ds[i].t(), input).to(a[i].scalar_type()));
+      db.push_back(scaled_mm(scale[i], dy[i].t(), s_i).to(b[i].scalar_type()));
+    }
+  }
+  if (!need_dx) return {at::empty({0}, x.options()), da, db};
+  Tensor dx = at::mm(at::cat(ds, 1), stacked(a).to(x.scalar_type()));
+  if (dropout.active()) dx = dropped(dx, dropout, dropout.gain());
+  for (size_t i = 0; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
+  return {dx, da, db};
+}
 
 struct Tile {
   int64_t item, first, count;  // which projection; which of its outputs
@@ -55,12 +127,12 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   const Kernels& table = kernels();
   const Dropout dropout(dropout_p, seed);
   const int64_t N = x.size(0), D = x.size(1);
+  if (better_by_aten(x)) return forward_by_aten(x, weight, bias, a, b, scale, dropout);
   const std::vector<int64_t> r = offsets_of(a, 0);
   const int64_t R = r.back(), K = D + R;
   std::vector<Tensor> y;
   for (const Tensor& w : weight) y.push_back(at::empty({N, w.size(0)}, x.options()));
   Tensor s = at::empty({N, R}, x.options());
-  if (N == 0) return {y, s};
 
   const Matrix x_view(x);
   const Tensor a_all = stacked(a);
@@ -164,6 +236,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     bool need_dab) {
   const Kernels& table = kernels();
   const Dropout dropout(dropout_p, seed);
+  if (better_by_aten(x)) {
+    return backward_by_aten(dy, x, weight, a, b, scale, dropout, s, need_dx, need_dab);
+  }
   const float gain = dropout.active() ? dropout.gain() : 1.0f;
   const int64_t N = x.size(0), D = x.size(1);
   const int64_t n = static_cast<int64_t>(weight.size());
@@ -268,10 +343,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     // da = ds^T dropout(x) ; db_i = scale_i dy_i^T s_i
     product(Matrix(ds).t(), Matrix(x).dropped(dropout).t(), gain, da_all);
     for (int64_t i = 0; i < n; ++i) {
-      da.push_back(n == 1 ? da_all : da_all.narrow(0, r[i], r[i + 1] - r[i]).to(a[i].dtype(), false, true));
+      const Tensor da_i = da_all.slice(0, r[i], r[i + 1]);
+      da.push_back(n == 1 ? da_i : da_i.to(a[i].scalar_type(), false, /*copy=*/true));
       db.push_back(at::empty(b[i].sizes(), b[i].options()));
       product(
-          Matrix(dy[i]).t(), Matrix(s.narrow(1, r[i], r[i + 1] - r[i])).t(),
+          Matrix(dy[i]).t(), Matrix(s.slice(1, r[i], r[i + 1])).t(),
           static_cast<float>(scale[i]), db[i]);
     }
   }

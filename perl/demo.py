@@ -1,0 +1,300 @@
+"""The main job on the embedded world, LoRA beside full tuning: `python -m perl demo`.
+
+    world      dialogs, demonstrations, pairs and prompts of `perl.cafe`, and a random small Llama
+    backbone   pretrained once, in full, on generic text: both arms start from it
+    each arm   SFT -> reward model on pairs -> REINFORCE with that reward model
+
+Every phase is the command that a user would type, in a process of its own, because peak memory
+cannot be compared inside one process. The two arms run a phase at the same time, with half of the
+threads each. The oracle of the world judges answers to prompts that no training set holds; no phase
+sees it. Each arm has its own learning rates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from perl import cafe
+from perl.config import DemoConfig, UsageError
+from perl.report import Answer, Arm, Phase, Sample, phase_cost, write_comparison
+
+ARMS = {"LoRA": "lora", "full": "full"}
+ROLES = {"SFT": "policy", "reward": "reward", "REINFORCE": "policy"}  # phase -> trained role
+NEW_TOKENS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Steps and learning rates (LoRA, full) of each phase; found by a coarse search."""
+
+    pretrain_steps: tuple[int, int] = (240, 80)  # at the two learning rates below
+    sft_steps: int = 80
+    reward_steps: int = 250
+    reinforce_steps: int = 60
+    rows: int = 128  # held-out prompts that the oracle judges
+    pretrain_lr: tuple[float, float] = (3e-3, 1e-3)
+    sft_lr: tuple[float, float] = (5e-3, 1e-3)
+    reward_lr: tuple[float, float] = (2e-3, 1e-3)
+    reinforce_lr: tuple[float, float] = (3e-3, 3e-4)
+
+
+QUICK = Recipe(pretrain_steps=(4, 2), sft_steps=2, reward_steps=2, reinforce_steps=2, rows=4)
+
+
+def run(config: DemoConfig) -> None:
+    """Runs everything, prints the table and writes results.json, figures and report.html."""
+    out, recipe = Path(config.out), QUICK if config.quick else Recipe()
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"--out {out} exists and is not empty; give another folder, or remove it")
+    started = time.perf_counter()
+    with tqdm(total=7, desc="demo", file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def phase(name: str, commands: Sequence[list[str]]) -> None:
+            bar.set_postfix_str(name)
+            _side_by_side(commands, config, out)
+            bar.update()
+
+        world = write_world(out / "world", config.seed)
+        for i in range(2):
+            phase("backbone", [pretrain(out, recipe, i)])
+        for name, commands in (("SFT", sft), ("reward", reward), ("REINFORCE", reinforce)):
+            phase(name, [commands(out, recipe, i) for i in range(len(ARMS))])
+        for name, model in (("before", "sft"), ("after", "policy")):
+            phase(name, [answer(out, recipe, arm, name, model) for arm in ARMS.values()])
+    results = measure(out, world)
+    results["seconds"] = time.perf_counter() - started
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    table = results_table(results)
+    print(_text(table))
+    page = write_comparison(
+        out,
+        "The cafe: LoRA beside full tuning",
+        {
+            label: Arm({phase: Phase(_run_folder(out, phase, arm)) for phase in ROLES})
+            for label, arm in ARMS.items()
+        },
+        table,
+        notes=[
+            "Each phase ran in a process of its own, both arms at the same time with half of the "
+            "threads each. The oracle judges answers to held-out prompts, 0 to 1. At this size "
+            "the Python around a layer costs more than its arithmetic: for speed see the "
+            "benchmarks."
+        ],
+        samples=_samples(out, world),
+    )
+    print(f"\n{results['seconds']:.0f} s in all; report: {page}")
+
+
+# ------------------------------------------------------------------------------------- the world
+
+
+def write_world(folder: Path, seed: int) -> cafe.World:
+    """The world's rows as JSONL, and a random model with its tokenizer in `init`."""
+    world = cafe.build_world(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for field in dataclasses.fields(world):
+        lines = "".join(json.dumps(row) + "\n" for row in getattr(world, field.name))
+        (folder / f"{field.name}.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = cafe.build_tokenizer(world.all_text())
+    tokenizer.save_pretrained(folder / "init")
+    cafe.build_model(len(tokenizer), seed=seed).save_pretrained(folder / "init")
+    return world
+
+
+# ---------------------------------------------------------------------- the commands of each phase
+
+
+def _command(name: str, **flags: Any) -> list[str]:
+    words = [name]
+    for key, value in flags.items():
+        words += ["--" + key.replace("_", "-"), str(value)]
+    return words
+
+
+def _run_folder(out: Path, phase: str, arm: str) -> Path:
+    return out / f"{arm}-{ {'SFT': 'sft', 'reward': 'reward', 'REINFORCE': 'policy'}[phase] }"
+
+
+def pretrain(out: Path, recipe: Recipe, i: int) -> list[str]:
+    """Once from random weights, and once more from there at a lower learning rate."""
+    return _command(
+        "sft", model=out / ("world/init", "backbone-1")[i], data=out / "world/general.jsonl",
+        tuning="full", steps=recipe.pretrain_steps[i], batch_size=48, lr=recipe.pretrain_lr[i],
+        checkpoint_every=10**6, out=out / ("backbone-1", "backbone-2")[i],
+    )  # fmt: skip
+
+
+def sft(out: Path, recipe: Recipe, i: int) -> list[str]:
+    arm = list(ARMS.values())[i]
+    return _command(
+        "sft", model=out / "backbone-2", data=out / "world/sft.jsonl", tuning=arm,
+        steps=recipe.sft_steps, batch_size=16, lr=recipe.sft_lr[i], checkpoint_every=10**6,
+        out=_run_folder(out, "SFT", arm),
+    )  # fmt: skip
+
+
+def reward(out: Path, recipe: Recipe, i: int) -> list[str]:
+    arm = list(ARMS.values())[i]
+    return _command(
+        "reward", model=_run_folder(out, "SFT", arm), data=out / "world/pairs.jsonl", tuning=arm,
+        validation=out / "world/heldout_pairs.jsonl", validate_every=50,
+        steps=recipe.reward_steps, batch_size=32, lr=recipe.reward_lr[i], checkpoint_every=10**6,
+        out=_run_folder(out, "reward", arm),
+    )  # fmt: skip
+
+
+def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
+    arm = list(ARMS.values())[i]
+    lr = recipe.reinforce_lr[i]
+    return _command(
+        "reinforce", model=_run_folder(out, "SFT", arm), data=out / "world/prompts.jsonl",
+        reward_model=_run_folder(out, "reward", arm), tuning=arm, steps=recipe.reinforce_steps,
+        prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr, value_lr=lr,
+        samples_every=10**6, checkpoint_every=10**6, out=_run_folder(out, "REINFORCE", arm),
+    )  # fmt: skip
+
+
+def answer(out: Path, recipe: Recipe, arm: str, name: str, model: str) -> list[str]:
+    return _command(
+        "generate", model=out / f"{arm}-{model}", data=out / "world/heldout_prompts.jsonl",
+        rows=recipe.rows, batch_size=64, max_new_tokens=NEW_TOKENS,
+        out=out / f"{arm}-{name}.jsonl",
+    )  # fmt: skip
+
+
+def _side_by_side(commands: Sequence[list[str]], config: DemoConfig, out: Path) -> None:
+    """Runs commands at the same time, in processes of their own; the first failure stops all."""
+    threads = config.threads or max(1, (os.cpu_count() or 1) // len(commands))
+    shared = ["--threads", str(threads), "--seed", str(config.seed), "--device", config.device]
+    running = []
+    for command in commands:
+        log = (out / "commands.log").open("a", encoding="utf-8")
+        log.write(f"$ python -m perl {' '.join([*command, *shared])}\n")
+        log.flush()
+        words = [sys.executable, "-m", "perl", *command, *shared]
+        running.append(subprocess.Popen(words, stdout=log, stderr=log))
+        log.close()
+    try:
+        codes = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(codes):
+        lines = (out / "commands.log").read_text(encoding="utf-8").splitlines()
+        raise UsageError(f"a phase failed: {lines[-1]} (all output is in {out / 'commands.log'})")
+
+
+# ----------------------------------------------------------------------------------- the figures
+
+
+def measure(out: Path, world: cafe.World) -> dict[str, Any]:
+    """Per arm: cost of each phase, trained parameters, reward accuracy, oracle before and after."""
+    results: dict[str, Any] = {"arms": {}}
+    for label, arm in ARMS.items():
+        figures: dict[str, Any] = {}
+        for phase in ROLES:
+            folder = _run_folder(out, phase, arm)
+            figures[phase] = phase_cost(folder) | {
+                "trainable_parameters": _trained(folder / ROLES[phase])
+            }
+        metrics = _rows(_run_folder(out, "reward", arm) / "metrics.jsonl")
+        figures["reward_accuracy"] = max(r.get("validation_accuracy", 0.0) for r in metrics)
+        last = _rows(_run_folder(out, "REINFORCE", arm) / "metrics.jsonl")[-1]
+        figures["kl"] = last["kl"]
+        for name in ("before", "after"):
+            scores = [
+                cafe.oracle(row["prompt"], row["completion"])
+                for row in _rows(out / f"{arm}-{name}.jsonl")
+            ]
+            figures[f"oracle_{name}"] = statistics.mean(scores)
+        results["arms"][label] = figures
+    return results
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _trained(folder: Path) -> int:
+    """Parameters in the tensors that a run publishes: the adapter and head, or the whole model."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                size = 1
+                for n in tensors.get_slice(key).get_shape():
+                    size *= n
+                count += size
+    return count
+
+
+def results_table(results: dict[str, Any]) -> list[dict[str, str]]:
+    """One row per figure, one column per arm."""
+    arms = results["arms"]
+
+    def row(name: str, text: Any) -> dict[str, str]:
+        return {"": name} | {label: text(figures) for label, figures in arms.items()}
+
+    rows = []
+    for phase in ROLES:
+        rows += [
+            row(f"{phase}: step, ms", lambda f, p=phase: f"{f[p]['step_ms']:.0f}"),
+            row(f"{phase}: peak memory, MB", lambda f, p=phase: f"{f[p]['peak_mb']:.0f}"),
+            row(
+                f"{phase}: parameters trained",
+                lambda f, p=phase: f"{f[p]['trainable_parameters']:,}",
+            ),
+        ]
+    return [
+        *rows,
+        row("reward accuracy, held-out pairs", lambda f: f"{f['reward_accuracy']:.3f}"),
+        row("oracle before REINFORCE, 0 to 1", lambda f: f"{f['oracle_before']:.3f}"),
+        row("oracle after REINFORCE, 0 to 1", lambda f: f"{f['oracle_after']:.3f}"),
+        row("KL to the anchor, nats per answer", lambda f: f"{f['kl']:.2f}"),
+    ]
+
+
+def _text(table: list[dict[str, str]]) -> str:
+    widths = {key: max(len(key), *(len(row[key]) for row in table)) for key in table[0]}
+    lines = [{key: key for key in table[0]}, *table]
+    return "\n".join(
+        "  ".join(
+            row[key].ljust(width) if key == "" else row[key].rjust(width)
+            for key, width in widths.items()
+        )
+        for row in lines
+    )
+
+
+def _samples(out: Path, world: cafe.World, count: int = 6) -> list[Sample]:
+    """Held-out prompts with the answers of both arms before and after, and the oracle's score."""
+    answers: dict[str, list[dict[str, Any]]] = {
+        f"{label}, {name} REINFORCE": _rows(out / f"{arm}-{name}.jsonl")
+        for label, arm in ARMS.items()
+        for name in ("before", "after")
+    }
+    prompts = [row["prompt"] for row in world.heldout_prompts]
+    samples = []
+    for i in range(min(count, *(len(rows) for rows in answers.values()))):
+        said = {
+            label: Answer(
+                rows[i]["completion"].strip(),
+                f"oracle {cafe.oracle(prompts[i], rows[i]['completion']):.2f}",
+            )
+            for label, rows in answers.items()
+        }
+        samples.append(Sample(prompts[i], said))
+    return samples
