@@ -2,6 +2,7 @@
 
     python -m benchmarks.report [NAME ...]          markdown of these results, or of all
     python -m benchmarks.report --readme README.md  rewrite the blocks of a file
+    python -m benchmarks.report --figure FILE.svg   draw the ratios of these results, or of all
     python -m benchmarks.report --check README.md   exit code 1 where a block and its JSON disagree
 
 A block is what stands between `<!-- results:NAME -->`, or `<!-- results:NAME bars -->` for the bars
@@ -248,6 +249,54 @@ def _columns(table: Table) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------
+# The figure
+# ------------------------------------------------------------------------------------------------
+
+
+def draw(results: Sequence[Results], path: Path) -> None:
+    """One line per case, one mark per contestant: the time of ours over theirs, to an SVG.
+
+    float32 only where the machine has no fast bfloat16, as anything beats torch's fallback there.
+    Needs matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = []
+    for one in results:
+        slow = "gpu" not in one.machine and not multiplies_bf16(one.machine["instruction_sets"])
+        for row in one.rows:
+            if row.contestants and not (slow and row.dtype == "bfloat16"):
+                lines.append((f"{row.room}: {row.check}\n{row.dtype} {shape_of(row)}", row))
+    names = list(dict.fromkeys(n for _, row in lines for n in row.contestants))
+    with matplotlib.rc_context({"svg.hashsalt": "perl-kernels", "font.size": 8}):
+        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.36 * len(lines)), layout="constrained")
+        axes.axvline(1.0, color="grey", linewidth=1)
+        for i, name in enumerate(names):
+            found = [
+                (row.contestants[name]["ratio"], y)
+                for y, (_, row) in enumerate(lines)
+                if name in row.contestants
+            ]
+            marker = "os^Dvp*XP"[i % 9]
+            axes.plot(*zip(*found, strict=True), marker, markersize=5, label=name)
+        axes.set_yticks(range(len(lines)), [label for label, _ in lines])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel("time of ours over theirs (left of 1: ours is faster)")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / len(lines)), ncols=6)
+        axes.set_title(f"{heading(results[0])[0].split(' · ')[0]}", fontsize=8, pad=28)
+        figure.savefig(path, metadata={"Date": None}, transparent=False)
+        pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
 # Blocks in a file
 # ------------------------------------------------------------------------------------------------
 
@@ -289,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the blocks of FILE")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compare the blocks of FILE")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios to an SVG")
     options = parser.parse_args(arguments)
     try:
         if options.readme or options.check:
@@ -303,6 +353,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
             return 0
         names = options.names or sorted(p.stem for p in options.results.glob("*.json"))
+        if options.figure:
+            draw([Results.load(options.results / f"{name}.json") for name in names], options.figure)
+            return 0
         for name in names:
             print(f"## {name}\n\n{as_markdown(Results.load(options.results / f'{name}.json'))}")
     except (ValueError, OSError) as error:

@@ -43,19 +43,19 @@ SIZES = {"small": 0, "medium": 1, "large": 2}  # euros on top
 EXTRAS = {"oat milk": 1, "vanilla syrup": 1, "whipped cream": 2}  # euros each
 FOODS = {"cookie": 1, "muffin": 2, "scone": 3, "brownie": 3, "bagel": 4}  # euros
 CONTAINS = {
-    "cookie": ("milk", "gluten"),
-    "muffin": ("eggs", "gluten"),
-    "scone": ("milk", "eggs", "gluten"),
+    "cookie": ("milk",),
+    "muffin": ("eggs",),
+    "scone": ("milk", "eggs"),
     "brownie": ("nuts", "eggs"),
-    "bagel": ("gluten",),
+    "bagel": (),
 }
-ALLERGENS = ("nuts", "milk", "eggs", "gluten")
+ALLERGENS = ("nuts", "milk", "eggs")
 HOURS = {  # opening and closing hour
     "Monday": (8, 18),
     "Tuesday": (8, 18),
     "Wednesday": (8, 18),
-    "Thursday": (7, 19),
-    "Friday": (7, 20),
+    "Thursday": (8, 18),
+    "Friday": (8, 20),
     "Saturday": (9, 17),
     "Sunday": (10, 16),
 }
@@ -387,7 +387,7 @@ def _exchange(rng: random.Random) -> str:
     greeting = rng.choice(_GREETINGS)
     kind = rng.choices(
         ("order", "added", "changed", "sized", "size", "price", "hours", "allergy", "unavailable"),
-        (30, 12, 8, 8, 12, 12, 6, 8, 4),
+        (26, 12, 8, 8, 12, 12, 8, 8, 6),
     )[0]
     drink, food = _drink(rng), _food(rng)
     order = rng.choice(_ORDERS)
@@ -605,7 +605,7 @@ FLAWS: dict[str, Callable[[Request, Parts, random.Random], str]] = {
     "keywords": _keywords,
 }
 # How often each flaw is drawn. Demonstrations show the faults of a hurried human; pairs show all.
-_IN_PAIRS = dict(zip(FLAWS, (28, 22, 4, 10, 6, 10, 4, 5, 5, 2, 2, 2), strict=True))
+_IN_PAIRS = dict(zip(FLAWS, (20, 16, 5, 12, 9, 10, 7, 6, 6, 3, 3, 3), strict=True))
 _IN_DEMONSTRATIONS = dict(zip(FLAWS, (14, 12, 8, 12, 14, 18, 12, 5, 5, 0, 0, 0), strict=True))
 
 
@@ -622,20 +622,13 @@ def _mediocre(request: Request, parts: Parts, weights: dict[str, int], rng: rand
 
 
 def _pair(prompt: str, rng: random.Random) -> dict[str, str]:
-    """A good answer over a flawed one; in one pair of seven, the better of two flawed ones.
-
-    Both answers of a pair use the same phrases, so that they differ by the flaws alone.
-    """
+    """A good answer over its flawed twin: the same phrases, so that they differ by the flaw."""
     request = read_prompt(prompt)
-    while True:
-        parts = _parts(request, rng)
-        good = rng.random() < 0.85
-        better = " ".join(parts) if good else _mediocre(request, parts, _IN_PAIRS, rng)
-        worse = _mediocre(request, parts, _IN_PAIRS, rng)
-        if oracle(prompt, better) < oracle(prompt, worse):
-            better, worse = worse, better
-        if oracle(prompt, better) - oracle(prompt, worse) >= 0.15:
-            return {"prompt": prompt, "chosen": " " + better, "rejected": " " + worse}
+    parts = _parts(request, rng)
+    while True:  # a wrong item may happen to be right: two drinks of one price
+        rejected = _mediocre(request, parts, _IN_PAIRS, rng)
+        if oracle(prompt, rejected) <= 0.9:
+            return {"prompt": prompt, "chosen": " " + " ".join(parts), "rejected": " " + rejected}
 
 
 # ---------------------------------------------------------------------------- generic text

@@ -318,7 +318,7 @@ class DemoConfig(Config):
     out: str = option("runs/demo", help="folder of the demo's runs and report")
     seed: int = option(0, at_least=0, help="seed of the world, the models and the sampling")
     threads: int = option(
-        0, unit="threads", at_least=0, help="CPU threads; 0 leaves the choice to torch"
+        1, unit="threads", at_least=1, help="CPU threads of each process; two run at a time"
     )
     device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     quick: bool = option(

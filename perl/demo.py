@@ -5,8 +5,8 @@
     each arm   SFT -> reward model on pairs -> REINFORCE with that reward model
 
 Every phase is the command that a user would type, in a process of its own, because peak memory
-cannot be compared inside one process. The two arms run a phase at the same time, with half of the
-threads each. The oracle of the world judges answers to prompts that no training set holds; no phase
+cannot be compared inside one process. The two arms run a phase at the same time, one
+thread each. The oracle of the world judges answers to prompts that no training set holds; no phase
 sees it. Each arm has its own learning rates.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -86,8 +85,8 @@ def run(config: DemoConfig) -> None:
         },
         table,
         notes=[
-            "Each phase ran in a process of its own, both arms at the same time with half of the "
-            "threads each. The oracle judges answers to held-out prompts, 0 to 1. At this size "
+            "Each phase ran in a process of its own, both arms at the same time, one thread "
+            "each. The oracle judges answers to held-out prompts, 0 to 1. At this size "
             "the Python around a layer costs more than its arithmetic: for speed see the "
             "benchmarks."
         ],
@@ -175,8 +174,14 @@ def answer(out: Path, recipe: Recipe, arm: str, name: str, model: str) -> list[s
 
 def _side_by_side(commands: Sequence[list[str]], config: DemoConfig, out: Path) -> None:
     """Runs commands at the same time, in processes of their own; the first failure stops all."""
-    threads = config.threads or max(1, (os.cpu_count() or 1) // len(commands))
-    shared = ["--threads", str(threads), "--seed", str(config.seed), "--device", config.device]
+    shared = [
+        "--threads",
+        str(config.threads),
+        "--seed",
+        str(config.seed),
+        "--device",
+        config.device,
+    ]
     running = []
     for command in commands:
         log = (out / "commands.log").open("a", encoding="utf-8")

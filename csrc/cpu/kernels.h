@@ -36,6 +36,12 @@ struct Kernels {
       const float* columns, int64_t column_panels, int64_t column_panel_stride,
       int64_t k, float* c, int64_t ldc, bool add);
 
+  // c (k, n) += panel (row_panel, k)^T right (row_panel, n) for one panel of packed rows; right and
+  // c have room for n rounded up to column_panel.
+  void (*outer)(
+      const float* panel, int64_t k, const float* right, int64_t ld_right, int64_t n, float* c,
+      int64_t ldc);
+
   // to[k][width] = transpose of from[width][ld], for k < n.
   void (*interleave)(const float* from, int64_t ld, int64_t width, int64_t n, float* to);
 

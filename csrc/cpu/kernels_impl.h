@@ -94,6 +94,31 @@ void multiply(
   } while (first < k);
 }
 
+void outer(
+    const float* panel, int64_t k, const float* right, int64_t ld_right, int64_t n, float* c,
+    int64_t ldc) {
+  for (int64_t j = 0; j < n; j += COLUMN_PANEL, right += COLUMN_PANEL, c += COLUMN_PANEL) {
+    Floats block[ROW_PANEL][2];
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < ROW_PANEL; ++i) {
+      block[i][0] = load(right + i * ld_right);
+      block[i][1] = load(right + i * ld_right + W);
+    }
+    const float* row = panel;
+    float* to = c;
+    for (int64_t step = 0; step < k; ++step, row += ROW_PANEL, to += ldc) {
+      Floats left_sum = {}, right_sum = {};
+#pragma GCC unroll 12
+      for (int64_t i = 0; i < ROW_PANEL; ++i) {
+        left_sum += all(row[i]) * block[i][0];
+        right_sum += all(row[i]) * block[i][1];
+      }
+      store(to, load(to) + left_sum);
+      store(to + W, load(to + W) + right_sum);
+    }
+  }
+}
+
 #if PERL_LANES == 4
 constexpr Ints LOW_HALVES = {0, 4, 1, 5}, HIGH_HALVES = {2, 6, 3, 7};
 #elif PERL_LANES == 8
@@ -425,7 +450,7 @@ void gradient(
 }  // namespace
 
 const Kernels PERL_TABLE = {
-    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, interleave, to_float, from_float, accumulate,
+    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, outer, interleave, to_float, from_float, accumulate,
     drop, transform, fold, fold_pair, gradient,
 };
 

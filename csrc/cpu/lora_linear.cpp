@@ -32,16 +32,12 @@ std::vector<int64_t> offsets_of(TensorList tensors, int64_t dim) {
 // The adapters' a, stacked to (sum of R, D).
 Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
 
-// Packing weight costs about as much as multiplying it with a dozen rows in float32; ATen's own
-// bfloat16 and float16 products are slow without the instructions for them.
+// Without instructions for them, ATen's bfloat16 and float16 products run several times slower than
+// float32's. There, and for more than a few rows, tiles of weight are packed to float32 here.
 bool better_by_aten(const Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return x.size(0) < 64;
-  return x.size(0) < 4 || (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16());
-}
-
-// scale * left right, rounded once
-Tensor scaled_mm(double scale, const Tensor& left, const Tensor& right) {
-  return at::addmm(at::zeros({}, left.options()), left, right, 0, scale);
+  const bool native = x.scalar_type() == at::kFloat ||
+      (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16());
+  return native || x.size(0) < 4;
 }
 
 // x with dropped elements 0 and the others times `gain`.
@@ -76,28 +72,21 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_aten(
   return {y, s};
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward_by_aten(
+// (ds, dx)
+std::tuple<Tensor, Tensor> backward_by_aten(
     TensorList dy, const Tensor& x, TensorList weight, TensorList a, TensorList b,
-    at::ArrayRef<double> scale, const Dropout& dropout, const Tensor& s, bool need_dx,
-    bool need_dab) {
+    at::ArrayRef<double> scale, const Dropout& dropout, bool need_dx) {
   const std::vector<int64_t> r = offsets_of(a, 0);
-  std::vector<Tensor> ds, da, db;
+  Tensor ds = at::empty({x.size(0), r.back()}, x.options());
   for (size_t i = 0; i < dy.size(); ++i) {
-    ds.push_back(scaled_mm(scale[i], dy[i], b[i].to(x.scalar_type())));
+    Tensor ds_i = ds.slice(1, r[i], r[i + 1]);
+    at::addmm_out(ds_i, ds_i, dy[i], b[i].to(x.scalar_type()), 0, scale[i]);
   }
-  if (need_dab) {
-    const Tensor input = dropout.active() ? dropped(x, dropout, dropout.gain()) : x;
-    for (size_t i = 0; i < dy.size(); ++i) {
-      const Tensor s_i = s.slice(1, r[i], r[i + 1]);
-      da.push_back(at::mm(ds[i].t(), input).to(a[i].scalar_type()));
-      db.push_back(scaled_mm(scale[i], dy[i].t(), s_i).to(b[i].scalar_type()));
-    }
-  }
-  if (!need_dx) return {at::empty({0}, x.options()), da, db};
-  Tensor dx = at::mm(at::cat(ds, 1), stacked(a).to(x.scalar_type()));
+  if (!need_dx) return {ds, at::empty({0}, x.options())};
+  Tensor dx = at::mm(ds, stacked(a).to(x.scalar_type()));
   if (dropout.active()) dx = dropped(dx, dropout, dropout.gain());
   for (size_t i = 0; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
-  return {dx, da, db};
+  return {ds, dx};
 }
 
 struct Tile {
@@ -115,19 +104,11 @@ std::vector<Tile> tiles_of(TensorList tensors, int64_t dim) {
   return tiles;
 }
 
-std::tuple<std::vector<Tensor>, Tensor> lora_linear(
-    const Tensor& x,     // (N, D)
-    TensorList weight,   // (O_i, D)
-    TensorList bias,     // (O_i,), or no bias at all
-    TensorList a,        // (R_i, D)
-    TensorList b,        // (O_i, R_i)
-    at::ArrayRef<double> scale,
-    double dropout_p,
-    const std::optional<Tensor>& seed) {
+std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
+    const Tensor& x, TensorList weight, TensorList bias, TensorList a, TensorList b,
+    at::ArrayRef<double> scale, const Dropout& dropout) {
   const Kernels& table = kernels();
-  const Dropout dropout(dropout_p, seed);
   const int64_t N = x.size(0), D = x.size(1);
-  if (better_by_aten(x)) return forward_by_aten(x, weight, bias, a, b, scale, dropout);
   const std::vector<int64_t> r = offsets_of(a, 0);
   const int64_t R = r.back(), K = D + R;
   std::vector<Tensor> y;
@@ -222,30 +203,16 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
   return {y, s};
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
-    TensorList dy,       // (N, O_i)
-    const Tensor& x,     // (N, D)
-    TensorList weight,   // (O_i, D)
-    TensorList a,        // (R_i, D)
-    TensorList b,        // (O_i, R_i)
-    at::ArrayRef<double> scale,
-    double dropout_p,
-    const std::optional<Tensor>& seed,
-    const Tensor& s,     // (N, sum of R)
-    bool need_dx,
-    bool need_dab) {
+// (ds, dx)
+std::tuple<Tensor, Tensor> backward_by_tiles(
+    TensorList dy, const Tensor& x, TensorList weight, TensorList a, TensorList b,
+    at::ArrayRef<double> scale, const Dropout& dropout, bool need_dx) {
   const Kernels& table = kernels();
-  const Dropout dropout(dropout_p, seed);
-  if (better_by_aten(x)) {
-    return backward_by_aten(dy, x, weight, a, b, scale, dropout, s, need_dx, need_dab);
-  }
-  const float gain = dropout.active() ? dropout.gain() : 1.0f;
   const int64_t N = x.size(0), D = x.size(1);
   const int64_t n = static_cast<int64_t>(weight.size());
   const std::vector<int64_t> r = offsets_of(a, 0), o = offsets_of(weight, 0);
   const int64_t R = r.back(), O = o.back(), K = O + R;
   Tensor dx = at::empty(need_dx ? at::IntArrayRef{N, D} : at::IntArrayRef{0}, x.options());
-  std::vector<Tensor> da, db;
   Tensor ds = at::empty({N, R}, x.options().dtype(at::kFloat));
 
   // columns of ds_i = scale_i dy_i b_i
@@ -337,18 +304,51 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
       }
     });
   }
+  return {ds, dx};
+}
 
+std::tuple<std::vector<Tensor>, Tensor> lora_linear(
+    const Tensor& x,     // (N, D)
+    TensorList weight,   // (O_i, D)
+    TensorList bias,     // (O_i,), or no bias at all
+    TensorList a,        // (R_i, D)
+    TensorList b,        // (O_i, R_i)
+    at::ArrayRef<double> scale,
+    double dropout_p,
+    const std::optional<Tensor>& seed) {
+  return (better_by_aten(x) ? forward_by_aten : forward_by_tiles)(
+      x, weight, bias, a, b, scale, Dropout(dropout_p, seed));
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
+    TensorList dy,       // (N, O_i)
+    const Tensor& x,     // (N, D)
+    TensorList weight,   // (O_i, D)
+    TensorList a,        // (R_i, D)
+    TensorList b,        // (O_i, R_i)
+    at::ArrayRef<double> scale,
+    double dropout_p,
+    const std::optional<Tensor>& seed,
+    const Tensor& s,     // (N, sum of R)
+    bool need_dx,
+    bool need_dab) {
+  const Dropout dropout(dropout_p, seed);
+  const auto [ds, dx] = (better_by_aten(x) ? backward_by_aten : backward_by_tiles)(
+      dy, x, weight, a, b, scale, dropout, need_dx);
+  std::vector<Tensor> da, db;
   if (need_dab) {
-    Tensor da_all = at::empty({R, D}, a_all.options());
-    // da = ds^T dropout(x) ; db_i = scale_i dy_i^T s_i
-    product(Matrix(ds).t(), Matrix(x).dropped(dropout).t(), gain, da_all);
-    for (int64_t i = 0; i < n; ++i) {
+    // da = ds^T dropout(x) ; db_i^T = scale_i s_i^T dy_i
+    const std::vector<int64_t> r = offsets_of(a, 0);
+    Tensor da_all = at::empty({r.back(), x.size(1)}, stacked(a).options());
+    transposed_product(
+        Matrix(ds), Matrix(x).dropped(dropout), dropout.active() ? dropout.gain() : 1.0f, da_all);
+    for (size_t i = 0; i < dy.size(); ++i) {
       const Tensor da_i = da_all.slice(0, r[i], r[i + 1]);
-      da.push_back(n == 1 ? da_i : da_i.to(a[i].scalar_type(), false, /*copy=*/true));
-      db.push_back(at::empty(b[i].sizes(), b[i].options()));
-      product(
-          Matrix(dy[i]).t(), Matrix(s.slice(1, r[i], r[i + 1])).t(),
-          static_cast<float>(scale[i]), db[i]);
+      da.push_back(a.size() == 1 ? da_all : da_i.to(a[i].scalar_type(), false, /*copy=*/true));
+      Tensor db_t = at::empty({r[i + 1] - r[i], weight[i].size(0)}, b[i].options());
+      transposed_product(
+          Matrix(s.slice(1, r[i], r[i + 1])), Matrix(dy[i]), static_cast<float>(scale[i]), db_t);
+      db.push_back(db_t.t().contiguous());
     }
   }
   return {dx, da, db};

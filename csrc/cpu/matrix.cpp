@@ -126,35 +126,44 @@ void pack(
   along_p(m, p, p_count, k, k_count, to, panel_stride);
 }
 
-void product(const Matrix& rows, const Matrix& columns, float alpha, at::Tensor& out) {
-  constexpr int64_t K_AT_ONCE = 512;
+void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out) {
+  constexpr int64_t C_TILE = 256, ROWS_PER_SUM = 120;
   const Kernels& table = kernels();
-  const int64_t row_tiles = ceil_div(rows.rows, TILE_ROWS);
-  const int64_t column_tiles = ceil_div(columns.rows, TILE_COLUMNS);
-  at::parallel_for(0, row_tiles * column_tiles, 1, [&](int64_t begin, int64_t end) {
-    Buffer packed_rows(TILE_ROWS * K_AT_ONCE), packed_columns(TILE_COLUMNS * K_AT_ONCE);
-    Buffer tile(TILE_ROWS * TILE_COLUMNS);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t p = item % row_tiles * TILE_ROWS, q = item / row_tiles * TILE_COLUMNS;
-      const int64_t p_count = std::min(TILE_ROWS, rows.rows - p);
-      const int64_t q_count = std::min(TILE_COLUMNS, columns.rows - q);
-      int64_t k = 0;
-      do {
-        const int64_t n = std::min(K_AT_ONCE, rows.columns - k);
-        pack(rows, p, p_count, k, n, table.row_panel, packed_rows.data(), n * table.row_panel);
-        pack(
-            columns, q, q_count, k, n, table.column_panel, packed_columns.data(),
-            n * table.column_panel);
-        table.multiply(
-            packed_rows.data(), ceil_div(p_count, table.row_panel), n * table.row_panel,
-            packed_columns.data(), ceil_div(q_count, table.column_panel), n * table.column_panel,
-            n, tile.data(), TILE_COLUMNS, k > 0);
-        k += K_AT_ONCE;
-      } while (k < rows.columns);
-      if (alpha != 1.0f) {
-        for (int64_t i = 0; i < p_count * TILE_COLUMNS; ++i) tile.data()[i] *= alpha;
+  const int64_t N = small.rows, R = small.columns, C = big.columns, width = table.row_panel;
+  Buffer packed(round_up(N, width) * R);
+  at::parallel_for(0, ceil_div(N, width), 64, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * width;
+    pack(
+        small, row, std::min(end * width, N) - row, 0, R, width, packed.data() + row * R,
+        R * width);
+  });
+  const bool plain = big.dtype == Dtype::float32 && big.column_stride == 1 &&
+      big.scale == 1.0f && big.dropout == nullptr;
+  at::parallel_for(0, ceil_div(C, C_TILE), 1, [&](int64_t begin, int64_t end) {
+    Buffer sum(R * C_TILE), part(R * C_TILE), strips(width * C_TILE);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t column = tile * C_TILE, columns = std::min(C_TILE, C - column);
+      std::fill(sum.data(), sum.data() + R * C_TILE, 0.0f);
+      // sums of sums, as in Kernels::multiply
+      for (int64_t first = 0; first < N; first += ROWS_PER_SUM) {
+        std::fill(part.data(), part.data() + R * C_TILE, 0.0f);
+        for (int64_t row = first; row < std::min(first + ROWS_PER_SUM, N); row += width) {
+          const float* right = reinterpret_cast<const float*>(big.at(row, column));
+          int64_t ld = big.row_stride;
+          if (!plain || row + width > N || columns < C_TILE) {
+            right = strips.data();
+            ld = C_TILE;
+            std::fill(strips.data(), strips.data() + width * C_TILE, 0.0f);
+            for (int64_t i = 0; i < std::min(width, N - row); ++i) {
+              load_strip(big, row + i, column, true, columns, strips.data() + i * C_TILE);
+            }
+          }
+          table.outer(packed.data() + row * R, R, right, ld, columns, part.data(), C_TILE);
+        }
+        table.accumulate(part.data(), R * C_TILE, sum.data());
       }
-      store_tile(tile.data(), TILE_COLUMNS, p_count, q_count, out, p, q);
+      for (int64_t i = 0; i < R * C_TILE; ++i) sum.data()[i] *= alpha;
+      store_tile(sum.data(), C_TILE, R, columns, out, 0, column);
     }
   });
 }

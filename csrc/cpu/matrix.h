@@ -86,8 +86,8 @@ void pack(
     const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
     float* to, int64_t panel_stride);
 
-// out (P, Q) = alpha * rows (P, K) columns (Q, K)^T, rounded once.
-void product(const Matrix& rows, const Matrix& columns, float alpha, at::Tensor& out);
+// out (R, C) = alpha * small (N, R)^T big (N, C), rounded once; big is read once and not packed.
+void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out);
 
 // Write rows of c (float, ldc) to `out`'s rows from `row` and columns from `column`; out is
 // contiguous in its columns.
