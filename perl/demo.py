@@ -40,12 +40,13 @@ class Recipe:
     pretrain_steps: tuple[int, int] = (240, 80)  # at the two learning rates below
     sft_steps: int = 80
     reward_steps: int = 250
-    reinforce_steps: int = 60
+    reinforce_steps: int = 70
     rows: int = 128  # held-out prompts that the oracle judges
     pretrain_lr: tuple[float, float] = (3e-3, 1e-3)
     sft_lr: tuple[float, float] = (5e-3, 1e-3)
     reward_lr: tuple[float, float] = (2e-3, 1e-3)
-    reinforce_lr: tuple[float, float] = (3e-3, 3e-4)
+    reinforce_lr: tuple[float, float] = (1e-3, 3e-4)
+    beta: float = 0.2  # more than the paper's 0.05: a small reward model is soon outwitted
 
 
 QUICK = Recipe(pretrain_steps=(4, 2), sft_steps=2, reward_steps=2, reinforce_steps=2, rows=4)
@@ -160,6 +161,7 @@ def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
         "reinforce", model=_run_folder(out, "SFT", arm), data=out / "world/prompts.jsonl",
         reward_model=_run_folder(out, "reward", arm), tuning=arm, steps=recipe.reinforce_steps,
         prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr, value_lr=lr,
+        beta=recipe.beta,
         samples_every=10**6, checkpoint_every=10**6, out=_run_folder(out, "REINFORCE", arm),
     )  # fmt: skip
 
