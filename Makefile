@@ -20,6 +20,7 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) setuptools ninja
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(RUN) -c "import perl_kernels as pk; pk.show_config()"
 	touch $@
 
 demo: setup

@@ -286,33 +286,55 @@ PERL_INLINE Longs multiply_low_words(Longs x, uint64_t constant) {
 #endif
 }
 
+#if PERL_LANES == 4
+constexpr SignedLongs LOW_LONGS = {0, 2}, HIGH_LONGS = {1, 3};
+#elif PERL_LANES == 8
+constexpr SignedLongs LOW_LONGS = {0, 4, 1, 5}, HIGH_LONGS = {2, 6, 3, 7};
+#else
+constexpr SignedLongs LOW_LONGS = {0, 8, 1, 9, 2, 10, 3, 11}, HIGH_LONGS = {4, 12, 5, 13, 6, 14, 7, 15};
+#endif
+
 void drop(float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
-  constexpr int64_t LANES = W / 2;
-  for (int64_t first = 0; first < n; first += 4 * LANES) {
-    Longs c0, c1 = Longs{} + static_cast<uint32_t>(row), c2 = {}, c3 = {};
-    for (int64_t i = 0; i < LANES; ++i) c0[i] = (column + first) / 4 + i;
+  constexpr int64_t LANES = W / 2, SETS = 2;  // two sets of counters hide the latency of products
+  Longs counters;
+  for (int64_t i = 0; i < LANES; ++i) counters[i] = i;
+  for (int64_t first = 0; first < n; first += SETS * 2 * W) {
+    Longs c0[SETS], c1[SETS], c2[SETS], c3[SETS];
+    for (int64_t s = 0; s < SETS; ++s) {
+      c0[s] = counters + static_cast<uint64_t>((column + first) / 4 + s * LANES);
+      c1[s] = Longs{} + static_cast<uint32_t>(row);
+      c2[s] = c3[s] = Longs{};
+    }
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const Longs product0 = multiply_low_words(c0, 0xD2511F53);
-      const Longs product1 = multiply_low_words(c2, 0xCD9E8D57);
-      c0 = (product1 >> 32) ^ c1 ^ key0;
-      c2 = (product0 >> 32) ^ c3 ^ key1;
-      c1 = product1;
-      c3 = product0;
+#pragma GCC unroll 2
+      for (int64_t s = 0; s < SETS; ++s) {
+        const Longs product0 = multiply_low_words(c0[s], 0xD2511F53);
+        const Longs product1 = multiply_low_words(c2[s], 0xCD9E8D57);
+        c0[s] = (product1 >> 32) ^ c1[s] ^ key0;
+        c2[s] = (product0 >> 32) ^ c3[s] ^ key1;
+        c1[s] = product1;
+        c3[s] = product0;
+      }
       key0 += 0x9E3779B9;
       key1 += 0xBB67AE85;
     }
-    uint32_t words[4 * LANES];
-    for (int64_t i = 0; i < LANES; ++i) {
-      words[4 * i] = static_cast<uint32_t>(c0[i]);
-      words[4 * i + 1] = static_cast<uint32_t>(c1[i]);
-      words[4 * i + 2] = static_cast<uint32_t>(c2[i]);
-      words[4 * i + 3] = static_cast<uint32_t>(c3[i]);
+    Words words[2 * SETS];
+    for (int64_t s = 0; s < SETS; ++s) {
+      const Longs pairs0 = (c0[s] & 0xFFFFFFFF) | (c1[s] << 32);
+      const Longs pairs1 = (c2[s] & 0xFFFFFFFF) | (c3[s] << 32);
+      words[2 * s] = (Words)__builtin_shuffle(pairs0, pairs1, LOW_LONGS);
+      words[2 * s + 1] = (Words)__builtin_shuffle(pairs0, pairs1, HIGH_LONGS);
     }
-    const int64_t count = n - first < 4 * LANES ? n - first : 4 * LANES;
-    for (int64_t i = 0; i < count; ++i) {
-      values[first + i] = words[i] >= threshold ? values[first + i] : 0.0f;
+    for (int64_t v = 0; v < 2 * SETS; ++v) {
+      float* to = values + first + v * W;
+      const int64_t left = n - first - v * W;
+      if (left >= W) {
+        store(to, words[v] >= threshold ? load(to) : Floats{});
+      } else {
+        for (int64_t i = 0; i < left; ++i) to[i] = words[v][i] >= threshold ? to[i] : 0.0f;
+      }
     }
   }
 }

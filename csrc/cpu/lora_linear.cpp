@@ -40,8 +40,8 @@ bool better_by_aten(const Tensor& x) {
   return native || x.size(0) < 4;
 }
 
-// x with dropped elements 0 and the others times `gain`.
-Tensor dropped(const Tensor& x, const Dropout& dropout, float gain) {
+// x with dropped elements 0 and the others times the gain.
+Tensor dropped(const Tensor& x, const Dropout& dropout) {
   const Kernels& table = kernels();
   const int64_t D = x.size(1);
   Tensor out = at::empty(x.sizes(), x.options());
@@ -51,7 +51,7 @@ Tensor dropped(const Tensor& x, const Dropout& dropout, float gain) {
     for (int64_t n = begin; n < end; ++n) {
       table.to_float(view.at(n, 0), view.dtype, view.column_stride, D, row.data());
       table.drop(row.data(), D, dropout.seed, dropout.threshold, n, 0);
-      for (int64_t i = 0; i < D; ++i) row.data()[i] *= gain;
+      for (int64_t i = 0; i < D; ++i) row.data()[i] *= dropout.gain();
       store_tile(row.data(), D, 1, D, out, n, 0);
     }
   });
@@ -62,7 +62,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_aten(
     const Tensor& x, TensorList weight, TensorList bias, TensorList a, TensorList b,
     at::ArrayRef<double> scale, const Dropout& dropout) {
   const std::vector<int64_t> r = offsets_of(a, 0);
-  const Tensor input = dropout.active() ? dropped(x, dropout, dropout.gain()) : x;
+  const Tensor input = dropout.active() ? dropped(x, dropout) : x;
   Tensor s = at::mm(input, stacked(a).to(x.scalar_type()).t());
   std::vector<Tensor> y;
   for (size_t i = 0; i < weight.size(); ++i) {
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> backward_by_aten(
   }
   if (!need_dx) return {ds, at::empty({0}, x.options())};
   Tensor dx = at::mm(ds, stacked(a).to(x.scalar_type()));
-  if (dropout.active()) dx = dropped(dx, dropout, dropout.gain());
+  if (dropout.active()) dx = dropped(dx, dropout);
   for (size_t i = 0; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
   return {ds, dx};
 }
@@ -120,7 +120,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
   const int64_t r_panels = ceil_div(R, table.column_panel), r_room = r_panels * table.column_panel;
   Buffer a_packed(r_room * D);
   pack(
-      Matrix(a_all).scaled(dropout.active() ? dropout.gain() : 1.0f), 0, R, 0, D,
+      Matrix(a_all).scaled(dropout.gain()), 0, R, 0, D,
       table.column_panel, a_packed.data(), D * table.column_panel);
 
   const std::vector<Tile> tiles = tiles_of(weight, 0);
@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
                 columns.data() + o[i] * table.column_panel, stride);
           }
           pack(
-              Matrix(a_all).t().scaled(gain), first, count, 0, R, table.column_panel,
+              Matrix(a_all).t().scaled(dropout.gain()), first, count, 0, R, table.column_panel,
               columns.data() + O * table.column_panel, stride);
         }
         const int64_t block = item % blocks, rows = rows_of(block);
@@ -341,7 +341,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     const std::vector<int64_t> r = offsets_of(a, 0);
     Tensor da_all = at::empty({r.back(), x.size(1)}, stacked(a).options());
     transposed_product(
-        Matrix(ds), Matrix(x).dropped(dropout), dropout.active() ? dropout.gain() : 1.0f, da_all);
+        Matrix(ds), Matrix(x).dropped(dropout), dropout.gain(), da_all);
     for (size_t i = 0; i < dy.size(); ++i) {
       const Tensor da_i = da_all.slice(0, r[i], r[i + 1]);
       da.push_back(a.size() == 1 ? da_all : da_i.to(a[i].scalar_type(), false, /*copy=*/true));
