@@ -268,7 +268,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
     for one in results:
         slow = "gpu" not in one.machine and not multiplies_bf16(one.machine["instruction_sets"])
         for row in one.rows:
-            if row.contestants and not (slow and row.dtype == "bfloat16"):
+            if row.contestants and not (slow and row.dtype == "bf16"):
                 lines.append((f"{row.room}: {row.check}\n{row.dtype} {shape_of(row)}", row))
     names = list(dict.fromkeys(n for _, row in lines for n in row.contestants))
     with matplotlib.rc_context({"svg.hashsalt": "perl-kernels", "font.size": 8}):
