@@ -290,8 +290,8 @@ def draw(results: Sequence[Results], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(axis="x", alpha=0.3)
         axes.set_xlabel("time of ours over theirs (left of 1: ours is faster)")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / len(lines)), ncols=6)
-        axes.set_title(f"{heading(results[0])[0].split(' · ')[0]}", fontsize=8, pad=28)
+        figure.suptitle(heading(results[0])[0].split(" · ")[0], fontsize=8)
+        figure.legend(loc="outside lower center", ncols=5)
         figure.savefig(path, metadata={"Date": None}, transparent=False)
         pyplot.close(figure)
 

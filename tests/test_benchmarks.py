@@ -370,3 +370,15 @@ def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys
     assert len(results.rows) == 1
     assert "an element was not written" in results.failures[f"{wrong.room} {wrong}"]
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_readme_agrees_with_the_committed_results():
+    readme = _results.FOLDER.parents[1] / "README.md"
+    assert "<!-- results:" in readme.read_text()
+    assert report.main(["--check", str(readme)]) == 0
+
+
+def test_the_figure_has_a_mark_for_each_contestant(tmp_path):
+    report.draw([make_results(make_row())], tmp_path / "ratios.svg")
+    drawn = (tmp_path / "ratios.svg").read_text()
+    assert drawn.startswith("<?xml") and "ours is faster" in drawn
