@@ -89,7 +89,7 @@ def save(
     batches: Batches,
     score: float | None = None,
 ) -> None:
-    """A checkpoint: the roles as folders that PEFT or transformers load, and what resuming needs."""
+    """A checkpoint: roles as folders that PEFT or transformers load, and what resuming needs."""
     run.save_checkpoint(
         step,
         {f"{role}_optimizer": optimizer.state() for role, optimizer in optimizers.items()},

@@ -379,6 +379,9 @@ def test_the_readme_agrees_with_the_committed_results():
 
 
 def test_the_figure_has_a_mark_for_each_contestant(tmp_path):
-    report.draw([make_results(make_row())], tmp_path / "ratios.svg")
-    drawn = (tmp_path / "ratios.svg").read_text()
-    assert drawn.startswith("<?xml") and "ours is faster" in drawn
+    both = make_results(make_row(dtype="fp32"))
+    report.draw([both], tmp_path / "both.svg")
+    only = dict(list(both.rows[0].contestants.items())[:1])
+    report.draw([make_results(make_row(dtype="fp32", contestants=only))], tmp_path / "one.svg")
+    marks = [(tmp_path / f"{name}.svg").read_text().count("<use ") for name in ("both", "one")]
+    assert marks[0] == marks[1] + 2  # its point and its entry in the legend
