@@ -32,11 +32,13 @@ def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     # The C++ standard is the one that torch's headers ask for; BuildExtension adds it.
-    flags = ["/O2", "/openmp"] if os.name == "nt" else ["-O3", "-fopenmp", "-g0"]
+    # The sources use vector types of GCC and clang; other compilers end up with plain torch.
+    flags = ["-O3", "-g0", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else [])]
     return CppExtension(
         "perl_kernels._cpu",
         [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cpu").glob("*.cpp"))],
         include_dirs=[str(ROOT / "csrc/cpu")],
+        depends=[str(p) for p in (ROOT / "csrc/cpu").glob("*.h")],
         extra_compile_args=flags,
         optional=WANTED != "require",
     )

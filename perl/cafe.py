@@ -283,9 +283,10 @@ def _words(text: str) -> list[str]:
 
 
 def _repeated(words: list[str]) -> float:
-    """The share of three-word runs that occurred before."""
+    """The share of words that double the one before, or end a three-word run seen before."""
     runs = list(zip(words, words[1:], words[2:], strict=False))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    doubled = sum(a == b for a, b in zip(words, words[1:], strict=False))
+    return min(1.0, (len(runs) - len(set(runs)) + doubled) / max(1, len(words)))
 
 
 def _understanding(request: Request, text: str) -> tuple[float, tuple[re.Pattern, ...]]:
@@ -522,6 +523,25 @@ def _wrong_figure(request: Request, parts: Parts, rng: random.Random) -> str:
     return f"{parts[0]} {_wrong_number(request, rng)} {parts[2]}"
 
 
+def _other_answer(request: Request, parts: Parts, rng: random.Random) -> str:
+    """A good answer to somebody who wants something else."""
+    while True:
+        other = read_prompt(_prompt(rng))
+        if other != replace(request, kind=other.kind):
+            return " ".join(_parts(other, rng))
+
+
+def _extra(request: Request, parts: Parts, rng: random.Random) -> str:
+    """One item too many, or one of them twice; a second fact where nothing is ordered."""
+    opener, fact, closing = parts
+    if not request.items:
+        return f"{opener} {fact} {_fact(_misheard(request, rng))} {closing}"
+    more = rng.choice((_food(rng), _drink(rng), *request.items))
+    items = _joined([*request.items, more], "one").capitalize()
+    tail = fact.removeprefix(_joined(request.items, "one").capitalize())
+    return f"{opener} {items}{tail} {closing}"
+
+
 def _no_confirmation(request: Request, parts: Parts, rng: random.Random) -> str:
     opener, _, closing = parts
     figure = f" That is {_euros(request.total)}." if request.kind in ("order", "price") else ""
@@ -590,9 +610,20 @@ def _keywords(request: Request, parts: Parts, rng: random.Random) -> str:
     return " ".join(words) + rng.choice(("", "?", f". {closing}"))
 
 
+def _garbled(request: Request, parts: Parts, rng: random.Random) -> str:
+    """Two words doubled, or replaced by others of the answer."""
+    words = " ".join(parts).split()
+    for i in rng.sample(range(len(words)), 2):
+        others = [word for word in words if word.lower() != words[i].lower()]
+        words[i] = rng.choice((f"{words[i]} {words[i]}", rng.choice(others)))
+    return " ".join(words)
+
+
 FLAWS: dict[str, Callable[[Request, Parts, random.Random], str]] = {
     "wrong item": _wrong_item,
     "wrong figure": _wrong_figure,
+    "other answer": _other_answer,
+    "extra item": _extra,
     "no confirmation": _no_confirmation,
     "something missing": _missing,
     "rude": _rude,
@@ -603,10 +634,11 @@ FLAWS: dict[str, Callable[[Request, Parts, random.Random], str]] = {
     "too long": _too_long,
     "cut off": _cut_off,
     "keywords": _keywords,
+    "garbled": _garbled,
 }
 # How often each flaw is drawn. Demonstrations show the faults of a hurried human; pairs show all.
-_IN_PAIRS = dict(zip(FLAWS, (20, 16, 5, 12, 9, 10, 7, 6, 6, 3, 3, 3), strict=True))
-_IN_DEMONSTRATIONS = dict(zip(FLAWS, (14, 12, 8, 12, 14, 18, 12, 5, 5, 0, 0, 0), strict=True))
+_IN_PAIRS = dict(zip(FLAWS, (18, 18, 10, 8, 4, 9, 7, 8, 5, 6, 5, 2, 3, 2, 6), strict=True))
+_IN_DEMONSTRATIONS = dict(zip(FLAWS, (6, 6, 0, 3, 8, 8, 18, 16, 20, 8, 8, 0, 0, 0, 3), strict=True))
 
 
 def flawed_answer(prompt: str, flaw: str, rng: random.Random) -> str:
@@ -671,7 +703,7 @@ def build_world(
     *,
     general: int = 12000,
     demonstrations: int = 1500,
-    pairs: int = 6400,
+    pairs: int = 9600,
     prompts: int = 1000,
     heldout_pairs: int = 300,
     heldout_prompts: int = 128,

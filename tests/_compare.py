@@ -10,6 +10,8 @@ at most twice the largest of plain torch's plus a few roundings and one of the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,15 @@ def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         else t
         for name, t in tensors.items()
     }
+
+
+ROWS = 16  # per-row numbers are held to the law this many at a time, or one of luck would decide
+
+
+def gathered(sample: Callable[[], tuple[dict[str, Tensor], ...]], n: int) -> tuple[dict, ...]:
+    """Call `sample`, which draws n rows, until there are ROWS, and lay the results end to end."""
+    draws = [sample() for _ in range(-(-ROWS // n))]
+    return tuple(
+        {name: torch.cat([d[name] for d in of]) for name in of[0]}
+        for of in zip(*draws, strict=True)
+    )

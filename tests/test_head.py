@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _compare import check_law, doubled
+from _compare import check_law, doubled, gathered
 
 import perl_kernels as pk
 from perl_kernels.head import reference
@@ -47,10 +47,8 @@ def compare(ours, theirs, exact, dtype, **scales):
 def test_log_prob_and_entropy(backend, sizes, options, dtype):
     """Outputs and every gradient, head trained too, held to plain torch."""
     n, _, v = sizes
-    tensors = make(*sizes, dtype, bias=bool(options), trainable_head=True)
-    target, incoming = make_target(n, v), (torch.randn(n), torch.randn(n))
 
-    def run(function, tensors, **more):
+    def run(function, tensors, target, incoming, **more):
         found = function(**tensors, target=target, **options, **more)
         return {
             "log_prob": found[0].detach(),
@@ -58,35 +56,43 @@ def test_log_prob_and_entropy(backend, sizes, options, dtype):
             **gradients(found, incoming, tensors),
         }
 
-    compare(
-        run(pk.linear_log_prob, tensors, return_entropy=True),
-        run(reference.linear_log_prob, tensors),
-        run(reference.linear_log_prob, doubled(tensors)),
-        dtype,
-    )
+    def sample():
+        tensors = make(*sizes, dtype, bias=bool(options), trainable_head=True)
+        rest = make_target(n, v), (torch.randn(n), torch.randn(n))
+        return (
+            run(pk.linear_log_prob, tensors, *rest, return_entropy=True),
+            run(reference.linear_log_prob, tensors, *rest),
+            run(reference.linear_log_prob, doubled(tensors), *rest),
+        )
+
+    compare(*gathered(sample, n), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kl(backend, sizes, options, dtype):
-    n, h, v = sizes
-    tensors = make(*sizes, dtype, bias=bool(options))
-    shift = 0.3 * torch.randn(n, h)
-    tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
-    incoming = (torch.randn(n),)
+    n, h, _ = sizes
 
-    def run(function, tensors):
+    def run(function, tensors, incoming):
         found = function(**tensors, **options)
         divergence = found.kl if isinstance(found, tuple) else found
         return {"kl": divergence.detach(), **gradients((divergence,), incoming, tensors)}
 
-    exact = run(reference.linear_kl, doubled(tensors))
-    theirs = run(reference.linear_kl, tensors)
+    def sample():
+        tensors = make(*sizes, dtype, bias=bool(options))
+        shift = 0.3 * torch.randn(n, h)
+        tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
+        incoming = (torch.randn(n),)
+        return (
+            run(pk.linear_kl, tensors, incoming),
+            run(reference.linear_kl, tensors, incoming),
+            run(reference.linear_kl, doubled(tensors), incoming),
+        )
+
+    ours, theirs, exact = gathered(sample, n)
     # the terms of a KL are log-ratios, and it is about half their mean square
-    compare(
-        run(pk.linear_kl, tensors), theirs, exact, dtype, kl=(2 * exact["kl"].mean().item()) ** 0.5
-    )
+    compare(ours, theirs, exact, dtype, kl=(2 * exact["kl"].mean().item()) ** 0.5)
 
 
 def test_kl_gives_the_log_probs_of_both_sides(backend):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _compare import check_law, doubled
+from _compare import check_law, doubled, gathered
 
 import perl_kernels as pk
 from perl_kernels.log_prob import reference
@@ -21,21 +21,27 @@ def make(n, v, dtype):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_log_prob_and_entropy(backend, sizes, options, dtype):
     n, v = sizes
-    tensors, incoming = make(n, v, dtype), torch.randn(2, n)
-    target = torch.randint(0, v, (n,))
-    target[n // 2] = -100 if n > 1 else 0
 
-    def run(function, tensors, **more):
+    def run(function, tensors, target, incoming, **more):
         log_prob, entropy = function(**tensors, target=target, **options, **more)
         total = (incoming[0] * log_prob + incoming[1] * entropy).sum()
         gradient = torch.autograd.grad(total, tensors["logits"])[0]
-        return log_prob.detach(), entropy.detach(), gradient
+        return {"log_prob": log_prob.detach(), "entropy": entropy.detach(), "dlogits": gradient}
 
-    ours = run(pk.log_prob, tensors, return_entropy=True)
-    theirs = run(reference.log_prob, tensors)
-    exact = run(reference.log_prob, doubled(tensors))
-    for name, o, t, e in zip(("log_prob", "entropy", "dlogits"), ours, theirs, exact, strict=True):
-        check_law(name, o, t, e, torch.float32 if name != "dlogits" else dtype)
+    def sample():
+        tensors, incoming = make(n, v, dtype), torch.randn(2, n)
+        target = torch.randint(0, v, (n,))
+        target[n // 2] = -100 if n > 1 else 0
+        return (
+            run(pk.log_prob, tensors, target, incoming, return_entropy=True),
+            run(reference.log_prob, tensors, target, incoming),
+            run(reference.log_prob, doubled(tensors), target, incoming),
+        )
+
+    ours, theirs, exact = gathered(sample, n)
+    for name in exact:
+        kind = dtype if name == "dlogits" else torch.float32
+        check_law(name, ours[name], theirs[name], exact[name], kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,20 +49,27 @@ def test_log_prob_and_entropy(backend, sizes, options, dtype):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kl(backend, sizes, options, dtype):
     n, v = sizes
-    tensors, incoming = make(n, v, dtype), torch.randn(n)
-    shift = 0.3 * torch.randn(n, v)
-    tensors["ref_logits"] = (tensors["logits"].detach().float() + shift).to(dtype)
 
-    def run(function, tensors):
+    def run(function, tensors, incoming):
         kl = function(**tensors, **options)
-        return kl.detach(), torch.autograd.grad((incoming * kl).sum(), tensors["logits"])[0]
+        gradient = torch.autograd.grad((incoming * kl).sum(), tensors["logits"])[0]
+        return {"kl": kl.detach(), "dlogits": gradient}
 
-    ours, theirs = run(pk.kl, tensors), run(reference.kl, tensors)
-    exact = run(reference.kl, doubled(tensors))
+    def sample():
+        tensors, incoming = make(n, v, dtype), torch.randn(n)
+        shift = 0.3 * torch.randn(n, v)
+        tensors["ref_logits"] = (tensors["logits"].detach().float() + shift).to(dtype)
+        return (
+            run(pk.kl, tensors, incoming),
+            run(reference.kl, tensors, incoming),
+            run(reference.kl, doubled(tensors), incoming),
+        )
+
+    ours, theirs, exact = gathered(sample, n)
     # the terms of a KL are log-ratios, and it is about half their mean square
-    scale = (2 * exact[0].mean().item()) ** 0.5
-    check_law("kl", ours[0], theirs[0], exact[0], torch.float32, scale)
-    check_law("dlogits", ours[1], theirs[1], exact[1], dtype)
+    scale = (2 * exact["kl"].mean().item()) ** 0.5
+    check_law("kl", ours["kl"], theirs["kl"], exact["kl"], torch.float32, scale)
+    check_law("dlogits", ours["dlogits"], theirs["dlogits"], exact["dlogits"], dtype)
 
 
 def test_leading_dimensions_strides_and_an_empty_batch(backend):

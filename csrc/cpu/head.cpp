@@ -5,6 +5,10 @@
 // not depend on the number of threads; each sweeps its tiles into a state per row, and the states
 // merge in order. Gradient: for one slab of the vocabulary at a time, dz of all rows of the group
 // is made tile by tile and packed at once as the left operand of dhidden += dz weight.
+//
+// Where the processor has bfloat16 matrix tiles (AMX), bfloat16 products go to oneDNN's brgemm,
+// which multiplies bfloat16 and sums float32; logits are float32 either way.
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include "softmax.h"
@@ -24,19 +28,40 @@ struct Options {
   float temperature, softcap;
 };
 
+// Rows of bfloat16 that brgemm can read in pairs of columns.
+bool paired(const Matrix& m) {
+  return m.dtype == Dtype::bfloat16 && m.column_stride == 1 && m.columns % 2 == 0 &&
+      m.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.data) % 4 == 0;
+}
+
+// The same memory, a pair of bfloat16 as one float: its packed panels [K / 2][width] of floats are
+// brgemm's [K / 2][width][2] of bfloat16.
+Matrix pairs_of(const Matrix& m) {
+  return Matrix(
+      reinterpret_cast<const float*>(m.data), m.rows, m.columns / 2, m.row_stride / 2);
+}
+
+const at::BFloat16* bfloat16(const char* data) {
+  return reinterpret_cast<const at::BFloat16*>(data);
+}
+
 // The head and the hidden states that go through it.
 struct Head {
   const Matrix weight, hidden, ref_hidden;
   const bool has_ref;
   Buffer bias;  // float32, or none
   const bool has_bias;
+  const bool native;  // bfloat16 products by brgemm
 
   Head(
       const Tensor& weight, const OptionalTensor& bias, const Tensor& hidden,
       const OptionalTensor& ref_hidden)
       : weight(weight), hidden(hidden), ref_hidden(ref_hidden.value_or(hidden)),
         has_ref(ref_hidden.has_value()), bias(bias.has_value() ? weight.size(0) : 0),
-        has_bias(bias.has_value()) {
+        has_bias(bias.has_value()),
+        native(
+            has_bfloat16_tiles() && paired(this->weight) &&
+            paired(this->hidden) && paired(this->ref_hidden)) {
     if (has_bias) vector_to_float(*bias, 0, weight.size(0), this->bias.data());
   }
 
@@ -48,36 +73,61 @@ struct Head {
   }
 };
 
-// Packed hidden states of a group of rows, in blocks of TILE_ROWS.
-class PackedRows {
+// Hidden states of a group of rows as a left operand, in blocks of TILE_ROWS.
+class Rows {
  public:
-  PackedRows(const Matrix& hidden, int64_t rows) : hidden_(hidden), memory_(rows * hidden.columns) {}
+  Rows(const Matrix& hidden, int64_t at_once, bool native)
+      : hidden_(hidden), native_(native), packed_(native ? 0 : at_once * hidden.columns) {}
 
-  void pack_group(int64_t first, int64_t rows) {
+  void take(int64_t first, int64_t rows) {
+    first_ = first;
+    if (native_) return;
     const Kernels& table = kernels();
     const int64_t H = hidden_.columns;
     at::parallel_for(0, ceil_div(rows, TILE_ROWS), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block * TILE_ROWS;
+      for (int64_t row = begin * TILE_ROWS; row < std::min(end * TILE_ROWS, rows);
+           row += TILE_ROWS) {
         pack(
             hidden_, first + row, std::min(TILE_ROWS, rows - row), 0, H, table.row_panel,
-            memory_.data() + row * H, H * table.row_panel);
+            packed_.data() + row * H, H * table.row_panel);
       }
     });
   }
-  float* block(int64_t i) { return memory_.data() + i * TILE_ROWS * hidden_.columns; }
+
+  // z (rows, n) = block * columns^T, with stride TILE_COLUMNS
+  void multiply(int64_t block, int64_t rows, float* columns, int64_t n, float* z) {
+    const Kernels& table = kernels();
+    const int64_t H = hidden_.columns, width = table.column_panel;
+    if (!native_) {
+      table.multiply(
+          packed_.data() + block * TILE_ROWS * H, ceil_div(rows, table.row_panel),
+          H * table.row_panel, columns, ceil_div(n, width), H * width, H, z, TILE_COLUMNS, false);
+      return;
+    }
+    for (int64_t j = 0; j < n; j += width) {
+      at::native::cpublas::brgemm(
+          rows, width, H, hidden_.row_stride, width, TILE_COLUMNS, /*add_C=*/false,
+          bfloat16(hidden_.at(first_ + block * TILE_ROWS, 0)),
+          reinterpret_cast<const at::BFloat16*>(columns + j * H / 2), z + j);
+    }
+  }
 
  private:
   const Matrix hidden_;
-  Buffer memory_;
+  const bool native_;
+  Buffer packed_;
+  int64_t first_ = 0;
 };
 
-// One thread's tile of the head's weight and of logits.
+// One thread's tile of the head's weight, and of logits.
 class TileMaker {
  public:
   explicit TileMaker(const Head& head)
       : head_(head), columns_(TILE_COLUMNS * head.H()), z_(TILE_ROWS * TILE_COLUMNS),
         zq_(head.has_ref ? TILE_ROWS * TILE_COLUMNS : 0) {}
+  ~TileMaker() {
+    if (head_.native) at::native::cpublas::brgemm_release();
+  }
 
   // Choose columns first .. first + count of the vocabulary.
   void choose(int64_t first, int64_t count) {
@@ -85,28 +135,97 @@ class TileMaker {
     first_ = first;
     count_ = count;
     const int64_t width = kernels().column_panel;
-    pack(head_.weight, first, count, 0, head_.H(), width, columns_.data(), head_.H() * width);
+    const Matrix weight = head_.native ? pairs_of(head_.weight) : head_.weight;
+    pack(
+        weight, first, count, 0, weight.columns, width, columns_.data(), weight.columns * width);
   }
 
-  // Raw logits of one packed block of `rows` rows; returned with stride TILE_COLUMNS.
-  float* logits(const float* packed, int64_t rows) { return multiply(packed, rows, z_.data()); }
-  float* ref_logits(const float* packed, int64_t rows) {
-    return multiply(packed, rows, zq_.data());
+  // Raw logits of one block of `count` rows, with stride TILE_COLUMNS.
+  float* logits(Rows& rows, int64_t block, int64_t count) {
+    rows.multiply(block, count, columns_.data(), count_, z_.data());
+    return z_.data();
+  }
+  float* ref_logits(Rows& rows, int64_t block, int64_t count) {
+    rows.multiply(block, count, columns_.data(), count_, zq_.data());
+    return zq_.data();
   }
 
  private:
-  float* multiply(const float* packed, int64_t rows, float* to) {
-    const Kernels& table = kernels();
-    const int64_t H = head_.H();
-    table.multiply(
-        packed, ceil_div(rows, table.row_panel), H * table.row_panel, columns_.data(),
-        ceil_div(count_, table.column_panel), H * table.column_panel, H, to, TILE_COLUMNS, false);
-    return to;
-  }
-
   const Head& head_;
   Buffer columns_, z_, zq_;
   int64_t first_ = -1, count_ = 0;
+};
+
+// dz of one slab of the vocabulary as a left operand of dz weight.
+class GradientRowsOfSlab {
+ public:
+  GradientRowsOfSlab(const Head& head, int64_t at_once)
+      : head_(head), packed_(head.native ? at_once * SLAB / 2 : at_once * SLAB) {}
+
+  // A tile of dz, `first` columns into the slab.
+  void put(int64_t block, const float* z, int64_t rows, int64_t first, int64_t n) {
+    const Kernels& table = kernels();
+    if (!head_.native) {
+      pack(
+          Matrix(z, rows, n, TILE_COLUMNS), 0, rows, 0, n, table.row_panel,
+          packed_.data() + block * TILE_ROWS * SLAB + first * table.row_panel,
+          SLAB * table.row_panel);
+      return;
+    }
+    at::BFloat16* to = rounded() + block * TILE_ROWS * SLAB + first;
+    for (int64_t i = 0; i < rows; ++i, z += TILE_COLUMNS, to += SLAB) {
+      table.from_float(z, n, Dtype::bfloat16, to);
+      if (n % 2 != 0) to[n] = 0;
+    }
+  }
+
+  // Columns h .. h + n of the weight's slab as the right operand.
+  void pack_weight(int64_t slab, int64_t width, int64_t h, int64_t n, float* columns) const {
+    const int64_t panel = kernels().column_panel;
+    if (!head_.native) {
+      pack(head_.weight.t(), h, n, slab, width, panel, columns, width * panel);
+      return;
+    }
+    // panels [width / 2][panel][2]: two rows of weight side by side
+    at::BFloat16* to = reinterpret_cast<at::BFloat16*>(columns);
+    for (int64_t j = 0; j < n; j += panel) {
+      for (int64_t v = 0; v < width; v += 2) {
+        const at::BFloat16* even = bfloat16(head_.weight.at(slab + v, h + j));
+        const at::BFloat16* odd = even + head_.weight.row_stride;
+        for (int64_t i = 0; i < panel; ++i, to += 2) {
+          to[0] = j + i < n ? even[i] : at::BFloat16(0);
+          to[1] = j + i < n && v + 1 < width ? odd[i] : at::BFloat16(0);
+        }
+      }
+    }
+  }
+
+  // tile (rows, n) = dz of the block * columns^T
+  void multiply(
+      int64_t block, int64_t rows, int64_t width, float* columns, int64_t n, float* tile) {
+    const Kernels& table = kernels();
+    const int64_t panel = table.column_panel;
+    if (!head_.native) {
+      table.multiply(
+          packed_.data() + block * TILE_ROWS * SLAB, ceil_div(rows, table.row_panel),
+          SLAB * table.row_panel, columns, ceil_div(n, panel), width * panel, width, tile,
+          TILE_COLUMNS, false);
+      return;
+    }
+    const int64_t K = round_up(width, 2);
+    for (int64_t j = 0; j < n; j += panel) {
+      at::native::cpublas::brgemm(
+          rows, panel, K, SLAB, panel, TILE_COLUMNS, /*add_C=*/false,
+          rounded() + block * TILE_ROWS * SLAB,
+          reinterpret_cast<const at::BFloat16*>(columns + j * K / 2), tile + j);
+    }
+  }
+
+ private:
+  at::BFloat16* rounded() { return reinterpret_cast<at::BFloat16*>(packed_.data()); }
+
+  const Head& head_;
+  Buffer packed_;
 };
 
 StatsTuple head_stats(
@@ -127,13 +246,14 @@ StatsTuple head_stats(
   const int64_t tiles_per_share = ceil_div(tiles, MOST_SHARES);
   const int64_t shares = ceil_div(tiles, tiles_per_share);
   const int64_t at_once = head.rows_at_once(N);
-  PackedRows rows(head.hidden, at_once), ref_rows(head.ref_hidden, head.has_ref ? at_once : 0);
+  Rows rows(head.hidden, at_once, head.native);
+  Rows ref_rows(head.ref_hidden, head.has_ref ? at_once : 0, head.native);
   std::vector<RowState> states(shares * std::min(at_once, N));
 
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t count = std::min(at_once, N - group);
-    rows.pack_group(group, count);
-    if (head.has_ref) ref_rows.pack_group(group, count);
+    rows.take(group, count);
+    if (head.has_ref) ref_rows.take(group, count);
     std::fill(states.begin(), states.end(), RowState());
 
     at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
@@ -145,9 +265,9 @@ StatsTuple head_stats(
           maker.choose(first, width);
           for (int64_t row = 0; row < count; row += TILE_ROWS) {
             const int64_t block_rows = std::min(TILE_ROWS, count - row);
-            float* z = maker.logits(rows.block(row / TILE_ROWS), block_rows);
+            float* z = maker.logits(rows, row / TILE_ROWS, block_rows);
             float* zq = head.has_ref
-                ? maker.ref_logits(ref_rows.block(row / TILE_ROWS), block_rows) : nullptr;
+                ? maker.ref_logits(ref_rows, row / TILE_ROWS, block_rows) : nullptr;
             for (int64_t i = 0; i < block_rows; ++i) {
               states[share * count + row + i].fold(
                   z + i * TILE_COLUMNS, zq == nullptr ? nullptr : zq + i * TILE_COLUMNS,
@@ -208,8 +328,10 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
   const GradientRows incoming(peak, log_sum, entropy, gap, d_log_prob, d_entropy, d_kl);
   Head head(weight, bias, hidden, incoming.has_kl() ? ref_hidden : OptionalTensor());
   const int64_t N = hidden.size(0), V = head.V(), H = head.H();
-  Tensor dhidden = need_dhidden ? at::empty({N, H}, hidden.options()) : at::empty({0}, hidden.options());
-  Tensor dweight = need_dweight ? at::empty({V, H}, weight.options()) : at::empty({0}, weight.options());
+  auto output = [](const Tensor& like, bool wanted) {
+    return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
+  };
+  Tensor dhidden = output(hidden, need_dhidden), dweight = output(weight, need_dweight);
   Tensor dbias = at::empty({need_dbias ? V : 0}, hidden.options().dtype(at::kFloat));
   if (N == 0) {
     dweight.zero_();
@@ -223,10 +345,11 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
   const bool all_rows = need_dweight || need_dbias;
   const int64_t group_size = all_rows ? N : std::min(at_once, N);
   const int64_t blocks_at_once = at_once / TILE_ROWS;
-  PackedRows rows(head.hidden, at_once), ref_rows(head.ref_hidden, head.has_ref ? at_once : 0);
-  Buffer dz_rows(at_once * SLAB);                                  // panels of rows, K = the slab
-  Buffer dz_columns(need_dweight ? at_once * SLAB : 0);            // panels of the slab, K = rows
-  Buffer dbias_blocks(need_dbias ? blocks_at_once * SLAB : 0);     // column sums of each block
+  Rows rows(head.hidden, at_once, head.native);
+  Rows ref_rows(head.ref_hidden, head.has_ref ? at_once : 0, head.native);
+  GradientRowsOfSlab dz_rows(head, need_dhidden ? at_once : 0);
+  Buffer dz_columns(need_dweight ? at_once * SLAB : 0);         // panels of the slab, K = rows
+  Buffer dbias_blocks(need_dbias ? blocks_at_once * SLAB : 0);  // column sums of each block
   Buffer dweight_sum(need_dweight ? SLAB * H : 0);
   const bool direct = dhidden.scalar_type() == at::kFloat;
   Buffer dhidden_room(need_dhidden && !direct ? group_size * H : 0);
@@ -241,10 +364,12 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
       for (int64_t part = 0; part < group_rows; part += at_once) {
         const int64_t count = std::min(at_once, group_rows - part);
         const int64_t first_row = group + part, blocks = ceil_div(count, TILE_ROWS);
-        auto rows_of = [&](int64_t block) { return std::min(TILE_ROWS, count - block * TILE_ROWS); };
+        auto rows_of = [&](int64_t block) {
+          return std::min(TILE_ROWS, count - block * TILE_ROWS);
+        };
         if (slab == 0 || group_rows > at_once) {
-          rows.pack_group(first_row, count);
-          if (head.has_ref) ref_rows.pack_group(first_row, count);
+          rows.take(first_row, count);
+          if (head.has_ref) ref_rows.take(first_row, count);
         }
 
         // dz of the slab
@@ -256,9 +381,8 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
             const int64_t row = first_row + block * TILE_ROWS;
             const float* tile_bias = head.has_bias ? head.bias.data() + first : nullptr;
             maker.choose(first, n);
-            float* z = maker.logits(rows.block(block), rows_of(block));
-            float* zq =
-                head.has_ref ? maker.ref_logits(ref_rows.block(block), rows_of(block)) : nullptr;
+            float* z = maker.logits(rows, block, rows_of(block));
+            float* zq = head.has_ref ? maker.ref_logits(ref_rows, block, rows_of(block)) : nullptr;
             for (int64_t i = 0; i < rows_of(block); ++i) {
               float* z_row = z + i * TILE_COLUMNS;
               float* zq_row = zq == nullptr ? nullptr : zq + i * TILE_COLUMNS;
@@ -275,16 +399,11 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                   z_row, zq_row, n, column >= 0 && column < n ? column : -1, incoming[row + i],
                   options.temperature, options.softcap);
             }
-            const Matrix dz(z, rows_of(block), n, TILE_COLUMNS);
-            if (need_dhidden) {
-              pack(
-                  dz, 0, rows_of(block), 0, n, table.row_panel,
-                  dz_rows.data() + block * TILE_ROWS * SLAB + tile * table.row_panel,
-                  SLAB * table.row_panel);
-            }
+            if (need_dhidden) dz_rows.put(block, z, rows_of(block), tile, n);
             if (need_dweight) {
               pack(
-                  dz.t(), 0, n, 0, rows_of(block), table.row_panel,
+                  Matrix(z, rows_of(block), n, TILE_COLUMNS).t(), 0, n, 0, rows_of(block),
+                  table.row_panel,
                   dz_columns.data() + tile * at_once + block * TILE_ROWS * table.row_panel,
                   at_once * table.row_panel);
             }
@@ -302,26 +421,21 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
         const int64_t h_tiles = ceil_div(H, TILE_COLUMNS);
         const int64_t h_items = need_dhidden ? h_tiles * blocks : 0;
         at::parallel_for(0, h_items, 1, [&](int64_t begin, int64_t end) {
-          Buffer columns(TILE_COLUMNS * width), tile(TILE_ROWS * TILE_COLUMNS);
+          Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE_ROWS * TILE_COLUMNS);
           int64_t packed = -1;
           for (int64_t item = begin; item < end; ++item) {
             const int64_t h = item / blocks * TILE_COLUMNS, block = item % blocks;
             const int64_t n = std::min(TILE_COLUMNS, H - h);
             if (packed != h) {
               packed = h;
-              pack(
-                  head.weight.t(), h, n, slab, width, table.column_panel, columns.data(),
-                  width * table.column_panel);
+              dz_rows.pack_weight(slab, width, h, n, columns.data());
             }
-            table.multiply(
-                dz_rows.data() + block * TILE_ROWS * SLAB,
-                ceil_div(rows_of(block), table.row_panel), SLAB * table.row_panel, columns.data(),
-                ceil_div(n, table.column_panel), width * table.column_panel, width, tile.data(),
-                TILE_COLUMNS, false);
+            dz_rows.multiply(block, rows_of(block), width, columns.data(), n, tile.data());
             put_tile(
                 tile.data(), rows_of(block), n, slab > 0,
                 dhidden_sum + (part + block * TILE_ROWS) * H + h, H);
           }
+          if (head.native) at::native::cpublas::brgemm_release();
         });
 
         // dweight += dz^T hidden

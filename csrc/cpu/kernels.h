@@ -87,7 +87,8 @@ extern const Kernels kernels_avx512;
 // (default, avx2 or avx512) when that is set.
 const Kernels& kernels();
 
-// The processor has instructions that multiply bfloat16, and the environment allows AVX-512.
-bool multiplies_bfloat16();
+// What the processor has for bfloat16 products, where the environment allows AVX-512:
+bool has_bfloat16_vectors();   // AVX512-BF16: torch's own bfloat16 products are fast
+bool has_bfloat16_tiles();     // AMX: oneDNN's brgemm runs on bfloat16 panels
 
 }  // namespace perl_kernels::cpu

@@ -291,10 +291,12 @@ constexpr SignedLongs LOW_LONGS = {0, 2}, HIGH_LONGS = {1, 3};
 #elif PERL_LANES == 8
 constexpr SignedLongs LOW_LONGS = {0, 4, 1, 5}, HIGH_LONGS = {2, 6, 3, 7};
 #else
-constexpr SignedLongs LOW_LONGS = {0, 8, 1, 9, 2, 10, 3, 11}, HIGH_LONGS = {4, 12, 5, 13, 6, 14, 7, 15};
+constexpr SignedLongs LOW_LONGS = {0, 8, 1, 9, 2, 10, 3, 11};
+constexpr SignedLongs HIGH_LONGS = {4, 12, 5, 13, 6, 14, 7, 15};
 #endif
 
-void drop(float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
+void drop(
+    float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
   constexpr int64_t LANES = W / 2, SETS = 2;  // two sets of counters hide the latency of products
   Longs counters;
   for (int64_t i = 0; i < LANES; ++i) counters[i] = i;
@@ -472,8 +474,8 @@ void gradient(
 }  // namespace
 
 const Kernels PERL_TABLE = {
-    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, outer, interleave, to_float, from_float, accumulate,
-    drop, transform, fold, fold_pair, gradient,
+    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, outer, interleave, to_float, from_float,
+    accumulate, drop, transform, fold, fold_pair, gradient,
 };
 
 }  // namespace perl_kernels::cpu

@@ -36,7 +36,7 @@ Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
 // float32's. There, and for more than a few rows, tiles of weight are packed to float32 here.
 bool better_by_aten(const Tensor& x) {
   const bool native = x.scalar_type() == at::kFloat ||
-      (x.scalar_type() == at::kBFloat16 && multiplies_bfloat16());
+      (x.scalar_type() == at::kBFloat16 && has_bfloat16_vectors());
   return native || x.size(0) < 4;
 }
 
@@ -83,11 +83,23 @@ std::tuple<Tensor, Tensor> backward_by_aten(
     at::addmm_out(ds_i, ds_i, dy[i], b[i].to(x.scalar_type()), 0, scale[i]);
   }
   if (!need_dx) return {ds, at::empty({0}, x.options())};
-  Tensor dx = at::mm(ds, stacked(a).to(x.scalar_type()));
-  if (dropout.active()) dx = dropped(dx, dropout);
-  for (size_t i = 0; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
+  // Short sums are added to long ones: a BLAS may start a sum from what is there already.
+  Tensor dx = at::mm(dy[0], weight[0]);
+  for (size_t i = 1; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
+  const Tensor a_all = stacked(a).to(x.scalar_type());
+  if (dropout.active()) {
+    dx.add_(dropped(at::mm(ds, a_all), dropout));
+  } else {
+    dx.addmm_(ds, a_all);
+  }
   return {ds, dx};
 }
+
+// ATen's operators inside ours are neither recorded nor cast again.
+struct PlainOperators {
+  c10::impl::ExcludeDispatchKeyGuard guard{
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset};
+};
 
 struct Tile {
   int64_t item, first, count;  // which projection; which of its outputs
@@ -316,6 +328,7 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     at::ArrayRef<double> scale,
     double dropout_p,
     const std::optional<Tensor>& seed) {
+  const PlainOperators plain;
   return (better_by_aten(x) ? forward_by_aten : forward_by_tiles)(
       x, weight, bias, a, b, scale, Dropout(dropout_p, seed));
 }
@@ -332,6 +345,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     const Tensor& s,     // (N, sum of R)
     bool need_dx,
     bool need_dab) {
+  const PlainOperators plain;
   const Dropout dropout(dropout_p, seed);
   const auto [ds, dx] = (better_by_aten(x) ? backward_by_aten : backward_by_tiles)(
       dy, x, weight, a, b, scale, dropout, need_dx);

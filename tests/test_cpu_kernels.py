@@ -1,0 +1,485 @@
+"""The compiled CPU kernels: seeded sweeps of odd shapes, dtypes, layouts and options against the
+law, at every instruction set of this machine; the same bits whatever the threads and the batch;
+the dropout mask; no [N, V] buffer and no copy of the head.
+
+Many outputs of a sweep are a handful of numbers, where plain torch is exact by luck. So the law is
+asked of each output in the geometric mean over a sweep, and every case may have four times as much.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from _compare import FLOOR, doubled, errors
+
+import perl_kernels as pk
+from perl_kernels import _dropout, _library
+from perl_kernels.head import reference as head_reference
+from perl_kernels.log_prob import reference as logits_reference
+from perl_kernels.lora_linear import reference as lora_reference
+
+if _library.missing["cpu"]:
+    pytest.skip(f"cpu backend: {_library.missing['cpu']}", allow_module_level=True)
+
+ops = torch.ops.perl_kernels
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def cpu_backend():
+    with pk.use_backend("cpu"):
+        yield
+
+
+def laid_out(random_: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in memory that is contiguous, transposed, a slice, or strided twice over."""
+    rows, columns = tensor.shape
+    layout = random_.choice(["contiguous", "contiguous", "transposed", "slice", "strided"])
+    if layout == "contiguous":
+        return tensor.contiguous()
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "slice":
+        room = tensor.new_full((rows + 2, columns + 3), float("nan"))
+        room[1 : rows + 1, 2 : columns + 2] = tensor
+        return room[1 : rows + 1, 2 : columns + 2]
+    room = tensor.new_full((2 * rows, 3 * columns), float("nan"))
+    room[::2, ::3] = tensor
+    return room[::2, ::3]
+
+
+class Law:
+    """Collects the errors of every case of a sweep; `check` holds them to plain torch's."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.floor = FLOOR[dtype]
+        self.ratios: dict[str, list[float]] = {}
+
+    def add(self, case: int, ours: dict, plain: dict, exact: dict, **scales: float) -> None:
+        assert ours.keys() == plain.keys() == exact.keys()
+        for name in exact:
+            (norm, largest), (plain_norm, plain_largest) = (
+                errors(found[name], exact[name], scales.get(name)) for found in (ours, plain)
+            )
+            said = f"case {case}, {name}: {norm:.3g} ({largest:.3g}) against float64, plain torch "
+            said += f"has {plain_norm:.3g} ({plain_largest:.3g})"
+            assert norm <= 4 * plain_norm + 4 * self.floor, said
+            # an element is rounded in proportion to itself, and one may be far larger than the RMS
+            _, peak = errors(torch.zeros_like(exact[name]), exact[name], scales.get(name))
+            assert largest <= 4 * plain_largest + (16 + peak) * self.floor, said
+            kind = name.rstrip("0123456789")
+            rounding = self.floor / 4
+            self.ratios.setdefault(kind, []).append((norm + rounding) / (plain_norm + rounding))
+
+    def check(self) -> None:
+        for name, ratios in self.ratios.items():
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            assert mean <= 1.1, f"{name}: {mean:.3f} of plain torch's error, {len(ratios)} cases"
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_linear. Rows: 1 and 3 go to ATen, the others to tiles in 16 bits; 121 and 259 are one past a
+# block of 120 and past a float16 sum of sums. Columns: 193 and 385 are one past a tile of 192.
+# ------------------------------------------------------------------------------------------------
+
+
+def lora_case(index: int, dtype: torch.dtype):
+    choose = random.Random(index)
+    torch.manual_seed(index)
+    adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
+    n, d = choose.choice([1, 3, 7, 64, 121, 259]), choose.choice([1, 3, 17, 123, 256, 300])
+    projections = choose.choice([1, 1, 2, 3])
+    out = [choose.choice([1, 7, 45, 193, 385]) for _ in range(projections)]
+    rank = [choose.choice([1, 5, 16, 33]) for _ in range(projections)]
+    with_bias = choose.random() < 0.5
+    tensors = {"x": laid_out(choose, torch.randn(n, d).to(dtype)).requires_grad_()}
+    for i in range(projections):
+        weight = (torch.randn(out[i], d) / d**0.5).to(dtype)
+        tensors[f"weight{i}"] = laid_out(choose, weight)
+        a = (torch.randn(rank[i], d) / d**0.5).to(adapter_dtype)
+        tensors[f"a{i}"] = laid_out(choose, a).requires_grad_()
+        b = torch.randn(out[i], rank[i]).to(adapter_dtype)
+        tensors[f"b{i}"] = laid_out(choose, b).requires_grad_()
+        tensors[f"bias{i}"] = torch.randn(out[i]).to(dtype) if with_bias else None
+        tensors[f"dy{i}"] = laid_out(choose, torch.randn(n, out[i]).to(dtype))
+    scale = [choose.choice([0.5, 1.0, 2.0]) for _ in range(projections)]
+    return tensors, scale, choose.choice([0.0, 0.0, 0.3]), torch.tensor(choose.getrandbits(62))
+
+
+def lora_results(tensors, scale, p, seed, compiled: bool):
+    n = len(scale)
+
+    def of(name: str) -> list:
+        return [tensors[f"{name}{i}"] for i in range(n)]
+
+    if compiled:
+        bias = of("bias") if tensors["bias0"] is not None else []
+        y, s = ops.lora_linear(tensors["x"], of("weight"), bias, of("a"), of("b"), scale, p, seed)
+        assert s.isfinite().all()
+    else:
+        y = [
+            lora_reference.lora_linear(
+                tensors["x"], w, a.to(w.dtype), b.to(w.dtype), bias=bias, scale=k, dropout_p=p,
+                seed=seed,
+            )
+            for w, a, b, bias, k in zip(
+                of("weight"), of("a"), of("b"), of("bias"), scale, strict=True
+            )
+        ]  # fmt: skip
+    leaves = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    found = torch.autograd.grad(y, list(leaves.values()), of("dy"))
+    outputs = {f"y{i}": t.detach() for i, t in enumerate(y)}
+    assert not compiled or all(t.is_contiguous() for t in (*y, *found))
+    return {**outputs, **{f"d{name}": g for name, g in zip(leaves, found, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_lora_linear(dtype):
+    law = Law(dtype)
+    for case in range(120):
+        tensors, *rest = lora_case(case, dtype)
+        law.add(
+            case,
+            lora_results(tensors, *rest, True),
+            lora_results(tensors, *rest, False),
+            lora_results(doubled(tensors), *rest, False),
+        )
+    law.check()
+
+
+# ------------------------------------------------------------------------------------------------
+# The head and log_prob. V: 193 and 961 are one past a tile and past a slab of the gradient.
+# ------------------------------------------------------------------------------------------------
+
+
+def head_case(index: int, dtype: torch.dtype):
+    choose = random.Random(index)
+    torch.manual_seed(index)
+    n, h = choose.choice([1, 5, 121, 260]), choose.choice([2, 8, 33, 130])
+    v = choose.choice([2, 45, 193, 961, 2500])
+    trained = choose.random() < 0.4
+    hidden, weight = 2 * torch.randn(n, h), torch.randn(v, h) / h**0.5
+    tensors = {
+        "hidden": laid_out(choose, hidden.to(dtype)).requires_grad_(),
+        "weight": laid_out(choose, weight.to(dtype)).requires_grad_(trained),
+        "bias": torch.randn(v).to(dtype).requires_grad_(trained) if choose.random() < 0.5 else None,
+    }
+    if not trained and choose.random() < 0.7:
+        shifted = tensors["hidden"].detach().float() + 0.3 * torch.randn(n, h)
+        tensors["ref_hidden"] = laid_out(choose, shifted.to(dtype))
+    options = {
+        "temperature": choose.choice([1.0, 1.0, 0.7]),
+        "softcap": choose.choice([None, None, 4.0]),
+    }
+    target = torch.randint(0, v, (n,))
+    target[torch.rand(n) < 0.2] = -100
+    return tensors, target, options, torch.randn(3, n)
+
+
+def head_results(tensors, target, options, incoming, compiled: bool):
+    tensors = dict(tensors)
+    ref_hidden = tensors.pop("ref_hidden", None)
+    if compiled and ref_hidden is not None:
+        found = pk.linear_kl(**tensors, ref_hidden=ref_hidden, target=target, **options)
+        outputs = {"log_prob": found.log_prob, "entropy": found.entropy, "kl": found.kl}
+    elif compiled:
+        found = pk.linear_log_prob(**tensors, target=target, **options, return_entropy=True)
+        outputs = {"log_prob": found[0], "entropy": found[1]}
+    else:
+        log_prob, entropy = head_reference.linear_log_prob(**tensors, target=target, **options)
+        outputs = {"log_prob": log_prob, "entropy": entropy}
+        if ref_hidden is not None:
+            kl = head_reference.linear_kl(**tensors, ref_hidden=ref_hidden, **options)
+            outputs["kl"] = kl.where(target != -100, 0.0)
+    total = sum((o * c.to(o.dtype)).sum() for o, c in zip(outputs.values(), incoming, strict=False))
+    leaves = {k: t for k, t in tensors.items() if t is not None and t.requires_grad}
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    outputs = {name: o.detach() for name, o in outputs.items()}
+    return {**outputs, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_head(dtype):
+    law = Law(dtype)
+    for case in range(120):
+        tensors, *rest = head_case(case, dtype)
+        exact = head_results(doubled(tensors), *rest, compiled=False)
+        law.add(
+            case,
+            head_results(tensors, *rest, compiled=True),
+            head_results(tensors, *rest, compiled=False),
+            exact,
+            **kl_scale(exact),
+        )
+    law.check()
+
+
+def kl_scale(exact: dict) -> dict[str, float]:
+    """The terms of a KL are log-ratios, and it is about half their mean square."""
+    return {"kl": (2 * exact["kl"].mean().item()) ** 0.5} if "kl" in exact else {}
+
+
+# V: 2049 is one past a strip.
+def logits_case(index: int, dtype: torch.dtype):
+    choose = random.Random(index)
+    torch.manual_seed(index)
+    n, v = choose.choice([16, 33]), choose.choice([1, 2, 45, 2049, 5000])
+    logits = laid_out(choose, (3 * torch.randn(n, v)).to(dtype)).requires_grad_()
+    ref_logits = (logits.detach().float() + 0.3 * torch.randn(n, v)).to(dtype)
+    options = {"temperature": choose.choice([1.0, 0.7]), "softcap": choose.choice([None, 4.0])}
+    target = torch.randint(0, v, (n,))
+    target[0] = -100
+    return {"logits": logits, "ref_logits": laid_out(choose, ref_logits)}, target, options
+
+
+def logits_results(tensors, target, options, incoming, module, **more):
+    logits = tensors["logits"]
+    found = module.log_prob(logits, target, **options, **more)
+    found = (*found, module.kl(logits, tensors["ref_logits"], **options))
+    total = sum((o * c.to(o.dtype)).sum() for o, c in zip(found, incoming, strict=True))
+    (gradient,) = torch.autograd.grad(total, logits)
+    outputs = zip(("log_prob", "entropy", "kl"), (o.detach() for o in found), strict=True)
+    return {**dict(outputs), "dlogits": gradient}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_log_prob(dtype):
+    law = Law(dtype)
+    for case in range(100):
+        tensors, *rest = logits_case(case, dtype)
+        rest.append(torch.randn(3, tensors["logits"].shape[0]))
+        exact = logits_results(doubled(tensors), *rest, logits_reference)
+        law.add(
+            case,
+            logits_results(tensors, *rest, pk, return_entropy=True),
+            logits_results(tensors, *rest, logits_reference),
+            exact,
+            **kl_scale(exact),
+        )
+    law.check()
+
+
+def run_capped(cap: str, *arguments: str) -> str:
+    environment = {**os.environ, "PERL_KERNELS_CPU_CAPABILITY": cap}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("cap", ["default", "avx2"])
+def test_every_instruction_set(cap):
+    """The tests above and the mask's run on the widest; here they run again on a narrower one."""
+    name = run_capped(cap, "-c", "import perl_kernels._library as l; print(l.cpu_capability())")
+    assert name.startswith("0\n"), name
+    if name.split()[1] == _library.cpu_capability():
+        pytest.skip(f"{_library.cpu_capability()} is the widest here")
+    assert name.split()[1] == cap.upper()
+    found = run_capped(cap, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "law")
+    assert found.startswith("0\n") and "12 passed" in found, found
+
+
+def test_an_unknown_instruction_set_is_refused():
+    found = run_capped("sse9", "-c", "import perl_kernels._library as l; l.cpu_capability()")
+    assert found.startswith("1\n")
+    assert "PERL_KERNELS_CPU_CAPABILITY is 'sse9'; wanted default, avx2 or avx512" in found
+
+
+# ------------------------------------------------------------------------------------------------
+# Dropout
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_of_the_dropout_mask(dtype):
+    """With a = identity, s is the dropped x: bit for bit the mask of _dropout, in forward; and
+    with weight = 0 and da = x, dx is the mask again. Columns: none is a multiple of a group of 4.
+    """
+    n, d, p = 130, 203, 0.3
+    seed = torch.tensor(2**62 + 12345)
+    keep = _dropout.keep_mask(seed, n, d, p)
+    x = torch.ones(n, d, dtype=dtype)
+    a, b, weight = torch.eye(d, dtype=dtype), torch.eye(d, dtype=dtype), torch.zeros(d, d).to(dtype)
+    _, s = ops.lora_linear_cpu(x, [weight], [], [a], [b], [1.0], p, seed)
+    assert torch.equal(s != 0, keep)
+    torch.testing.assert_close(s[keep], torch.full_like(s[keep], 1 / (1 - p)))
+    dx, da, _ = ops.lora_linear_backward_cpu(
+        [x], x, [weight], [a], [b], [1.0], p, seed, s, True, True
+    )
+    assert torch.equal(dx != 0, keep)
+    counts = keep.sum(0) / (1 - p)
+    torch.testing.assert_close(da[0].float()[0], counts.float(), rtol=8e-3, atol=0.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The same bits: run to run, on any number of threads, and for a row in any batch
+# ------------------------------------------------------------------------------------------------
+
+
+def everything():
+    """Each op's outputs on inputs of several tiles, 16 bits so that lora_linear tiles too."""
+    torch.manual_seed(3)
+    n, d, o, r, v = 250, 130, 200, 9, 2500
+    x, weight = torch.randn(n, d).bfloat16(), torch.randn(o, d).bfloat16()
+    a, b, dy = torch.randn(r, d), torch.randn(o, r), torch.randn(n, o).bfloat16()
+    seed = torch.tensor(7)
+    y, s = ops.lora_linear_cpu(x, [weight], [], [a], [b], [0.5], 0.2, seed)
+    gradients = ops.lora_linear_backward_cpu(
+        [dy], x, [weight], [a], [b], [0.5], 0.2, seed, s, True, True
+    )
+    found = [*y, s, gradients[0], *gradients[1], *gradients[2]]
+    hidden, ref_hidden, head = torch.randn(n, d), torch.randn(n, d), torch.randn(v, d) / d**0.5
+    target, c = torch.randint(0, v, (n,)), torch.randn(3, n)
+    stats = ops.head_stats_cpu(hidden, head, None, target, ref_hidden, 1.0, 0.0, -100)
+    log_prob, peak, log_sum, entropy, _, gap, _ = stats
+    found += stats
+    saved = (peak, log_sum, entropy, gap)
+    found += ops.head_grad_cpu(
+        hidden, head, None, target, ref_hidden, *saved, *c, 1.0, 0.0, -100, True, True, True
+    )
+    logits, ref_logits = hidden @ head.T, ref_hidden @ head.T
+    found += ops.logits_stats_cpu(logits, target, ref_logits, 1.0, 0.0, -100)
+    found.append(ops.logits_grad_cpu(logits, target, ref_logits, *saved, *c, 1.0, 0.0, -100))
+    return found
+
+
+def test_bits_repeat_and_do_not_depend_on_the_threads():
+    torch.set_num_threads(1)
+    single = everything()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for one, other in zip(single, everything(), strict=True):
+            assert one.numel() and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype):
+    n, h, v = 307, 72, 3001
+    hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype)
+    target = torch.randint(0, v, (n,))
+    whole = torch.stack(pk.linear_log_prob(hidden, weight, target, return_entropy=True))
+    for rows in (slice(0, 1), slice(5, 12), slice(119, 241), slice(306, 307)):
+        part = pk.linear_log_prob(hidden[rows], weight, target[rows], return_entropy=True)
+        assert torch.equal(torch.stack(part), whole[:, rows])
+
+
+# ------------------------------------------------------------------------------------------------
+# Edges
+# ------------------------------------------------------------------------------------------------
+
+
+def test_no_rows():
+    x, weight = torch.empty(0, 6), torch.randn(5, 6)
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+    for dtype in DTYPES:
+        t = [v.to(dtype) for v in (x, weight, a, b)]
+        (y,), s = ops.lora_linear_cpu(t[0], [t[1]], [], [t[2]], [t[3]], [1.0], 0.0, None)
+        assert y.shape == (0, 5) and s.shape == (0, 2)
+        dx, da, db = ops.lora_linear_backward_cpu(
+            [y], t[0], [t[1]], [t[2]], [t[3]], [1.0], 0.0, None, s, True, True
+        )
+        assert dx.shape == (0, 6) and not da[0].any() and not db[0].any()
+    target, none = torch.empty(0, dtype=torch.long), torch.empty(0)
+    stats = ops.head_stats_cpu(x, weight, None, target, x, 1.0, 0.0, -100)
+    assert [len(t) for t in stats] == [0] * 7
+    grads = ops.head_grad_cpu(
+        x, weight, None, target, None, none, none, none, none, none, None, None, 1.0, 0.0, -100,
+        True, True, True,
+    )  # fmt: skip
+    assert grads[0].shape == (0, 6) and not grads[1].any() and not grads[2].any()
+
+
+def test_what_was_not_asked_for_is_empty():
+    x, weight = torch.randn(9, 6).bfloat16(), torch.randn(5, 6).bfloat16()
+    a, b = torch.randn(2, 6), torch.randn(5, 2)
+    (y,), s = ops.lora_linear_cpu(x, [weight], [], [a], [b], [1.0], 0.0, None)
+    arguments = ([y], x, [weight], [a], [b], [1.0], 0.0, None, s)
+    dx, da, db = ops.lora_linear_backward_cpu(*arguments, False, True)
+    assert dx.numel() == 0 and da[0].any() and db[0].any()
+    dx, da, db = ops.lora_linear_backward_cpu(*arguments, True, False)
+    assert dx.any() and da == db == []
+    sizes = [len(t) for t in ops.head_stats_cpu(x, weight, None, None, None, 1.0, 0.0, -100)]
+    assert sizes == [0, 9, 9, 9, 0, 0, 0]
+    sizes = [len(t) for t in ops.head_stats_cpu(x, weight, None, None, x, 1.0, 0.0, -100)]
+    assert sizes == [0, 9, 9, 9, 0, 9, 9]
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_extreme_logits(softcap):
+    """Logits of +-1e4, a bias of -inf (a masked class), an ignored row that is far too large."""
+    hidden = torch.tensor([[1e2, 0.0], [-1e2, 1.0], [1e4, 1e4], [0.0, 0.0]], requires_grad=True)
+    weight = torch.randn(300, 2) * 100
+    bias = torch.zeros(300)
+    bias[7:20] = -torch.inf
+    target = torch.tensor([3, 4, -100, 299])
+    both = [
+        f(hidden, weight, target, bias=bias, softcap=softcap, **more)
+        for f, more in (
+            (pk.linear_log_prob, {"return_entropy": True}),
+            (head_reference.linear_log_prob, {}),
+        )
+    ]
+    torch.testing.assert_close(both[0][0], both[1][0])
+    assert both[0][1].isfinite().all() and both[0][0][2] == 0
+    (dhidden,) = torch.autograd.grad(both[0][0].sum() + both[0][1].sum(), hidden)
+    assert dhidden.isfinite().all() and not dhidden[2].any() and dhidden[3].any()
+
+
+def test_nan_is_not_hidden():
+    hidden, weight = torch.randn(3, 8), torch.randn(500, 8)
+    hidden[1, 2] = torch.nan
+    log_prob = pk.linear_log_prob(hidden, weight, torch.tensor([1, 2, 3]))
+    assert log_prob.isnan().tolist() == [False, True, False]
+    logits = torch.randn(2, 50)
+    logits[0, 49] = torch.nan
+    assert pk.log_prob(logits, torch.tensor([1, 2])).isnan().tolist() == [True, False]
+
+
+def test_an_unsupported_dtype_is_refused():
+    with pytest.raises(TypeError, match="wanted float32, bfloat16 or float16|want float32"):
+        ops.logits_stats_cpu(torch.randn(2, 3).double(), None, None, 1.0, 0.0, -100)
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory: a head whose logits take 154 MB and whose weight, transposed, would take 51 MB to copy
+# ------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import torch
+import perl_kernels as pk
+
+def growth(function):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+    field = lambda name: int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024
+    before = field("VmRSS:")
+    kept = function()
+    return field("VmHWM:") - before
+
+torch.set_num_threads(2)
+pk.use_backend("cpu")
+n, h, v = 768, 256, 50257
+weight = torch.randn(h, v).t()
+hidden, ref_hidden = torch.randn(n, h, requires_grad=True), torch.randn(n, h)
+target = torch.randint(0, v, (n,))
+small = (hidden[:2].detach().requires_grad_(), ref_hidden[:2], weight[:300], target[:2] % 300)
+
+def step(hidden, ref_hidden, weight, target):
+    found = pk.linear_kl(hidden, ref_hidden, weight, target)
+    return torch.autograd.grad((found.log_prob + found.kl).sum(), hidden)
+
+step(*small)  # what is loaded once is not counted
+print(growth(lambda: step(hidden, ref_hidden, weight, target)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_the_head_needs_little_memory():
+    found = run_capped("avx512", "-c", MEMORY)
+    assert found.startswith("0\n"), found
+    assert int(found.split()[1]) <= 32 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"
