@@ -28,10 +28,12 @@ perl/cafe.py:reward`). Its score is a product, so that no part can be traded for
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -760,6 +762,17 @@ def build_world(
         heldout_pairs=[_pair(prompt, rng) for prompt in heldout_list[:heldout_pairs]],
         heldout_prompts=[{"prompt": prompt} for prompt in heldout_list[-heldout_prompts:]],
     )
+
+
+def write_world(folder: Path, world: World, seed: int = 0) -> None:
+    """One JSONL file per table of the world, and a random model with its tokenizer in `init`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in fields(world):
+        lines = "".join(json.dumps(row) + "\n" for row in getattr(world, table.name))
+        (folder / f"{table.name}.jsonl").write_text(lines, encoding="utf-8")
+    tokenizer = build_tokenizer(world.all_text())
+    tokenizer.save_pretrained(folder / "init")
+    build_model(len(tokenizer), seed=seed).save_pretrained(folder / "init")
 
 
 # ------------------------------------------------------------------------ tokenizer and model

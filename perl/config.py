@@ -120,11 +120,11 @@ class TrainConfig(ModelConfig):
     lr: float | None = option(
         None, above=0, help="learning rate of AdamW; default 1e-4 with LoRA, 1e-5 full"
     )
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", help="after warmup: stay at --lr, or fall to 0 at --steps"
+    )
     warmup_steps: int = option(
-        10,
-        unit="updates",
-        at_least=0,
-        help="linear warmup of the learning rate, constant afterwards",
+        10, unit="updates", at_least=0, help="the learning rate rises linearly to --lr"
     )
     weight_decay: float = option(0.0, at_least=0, help="AdamW's weight decay")
     max_grad_norm: float = option(1.0, above=0, help="gradients are clipped to this norm")

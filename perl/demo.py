@@ -37,19 +37,19 @@ NEW_TOKENS = 40
 class Recipe:
     """Steps and learning rates (LoRA, full) of each phase; found by a coarse search."""
 
-    pretrain_steps: tuple[int, int] = (240, 80)  # at the two learning rates below
-    sft_steps: int = 80
-    reward_steps: int = 250
-    reinforce_steps: int = 70
+    pretrain_steps: int = 360
+    sft_steps: int = 120
+    reward_steps: int = 800
+    reinforce_steps: int = 250
     rows: int = 128  # held-out prompts that the oracle judges
-    pretrain_lr: tuple[float, float] = (3e-3, 1e-3)
+    pretrain_lr: float = 4e-3
     sft_lr: tuple[float, float] = (5e-3, 1e-3)
     reward_lr: tuple[float, float] = (2e-3, 1e-3)
     reinforce_lr: tuple[float, float] = (1e-3, 3e-4)
-    beta: float = 0.2  # more than the paper's 0.05: a small reward model is soon outwitted
+    beta: float = 0.4  # more than the paper's 0.05: a small reward model is soon outwitted
 
 
-QUICK = Recipe(pretrain_steps=(4, 2), sft_steps=2, reward_steps=2, reinforce_steps=2, rows=4)
+QUICK = Recipe(pretrain_steps=4, sft_steps=2, reward_steps=2, reinforce_steps=2, rows=4)
 
 
 def run(config: DemoConfig) -> None:
@@ -58,16 +58,16 @@ def run(config: DemoConfig) -> None:
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"--out {out} exists and is not empty; give another folder, or remove it")
     started = time.perf_counter()
-    with tqdm(total=7, desc="demo", file=sys.stderr, dynamic_ncols=True) as bar:
+    with tqdm(total=6, desc="demo", file=sys.stderr, dynamic_ncols=True) as bar:
 
         def phase(name: str, commands: Sequence[list[str]]) -> None:
             bar.set_postfix_str(name)
             _side_by_side(commands, config, out)
             bar.update()
 
-        world = write_world(out / "world", config.seed)
-        for i in range(2):
-            phase("backbone", [pretrain(out, recipe, i)])
+        world = cafe.build_world(config.seed)
+        cafe.write_world(out / "world", world, config.seed)
+        phase("backbone", [pretrain(out, recipe)])
         for name, commands in (("SFT", sft), ("reward", reward), ("REINFORCE", reinforce)):
             phase(name, [commands(out, recipe, i) for i in range(len(ARMS))])
         for name, model in (("before", "sft"), ("after", "policy")):
@@ -96,22 +96,6 @@ def run(config: DemoConfig) -> None:
     print(f"\n{results['seconds']:.0f} s in all; report: {page}")
 
 
-# ------------------------------------------------------------------------------------- the world
-
-
-def write_world(folder: Path, seed: int) -> cafe.World:
-    """The world's rows as JSONL, and a random model with its tokenizer in `init`."""
-    world = cafe.build_world(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for field in dataclasses.fields(world):
-        lines = "".join(json.dumps(row) + "\n" for row in getattr(world, field.name))
-        (folder / f"{field.name}.jsonl").write_text(lines, encoding="utf-8")
-    tokenizer = cafe.build_tokenizer(world.all_text())
-    tokenizer.save_pretrained(folder / "init")
-    cafe.build_model(len(tokenizer), seed=seed).save_pretrained(folder / "init")
-    return world
-
-
 # ---------------------------------------------------------------------- the commands of each phase
 
 
@@ -126,20 +110,20 @@ def _run_folder(out: Path, phase: str, arm: str) -> Path:
     return out / f"{arm}-{ {'SFT': 'sft', 'reward': 'reward', 'REINFORCE': 'policy'}[phase] }"
 
 
-def pretrain(out: Path, recipe: Recipe, i: int) -> list[str]:
-    """Once from random weights, and once more from there at a lower learning rate."""
+def pretrain(out: Path, recipe: Recipe) -> list[str]:
     return _command(
-        "sft", model=out / ("world/init", "backbone-1")[i], data=out / "world/general.jsonl",
-        tuning="full", steps=recipe.pretrain_steps[i], batch_size=48, lr=recipe.pretrain_lr[i],
-        checkpoint_every=10**6, out=out / ("backbone-1", "backbone-2")[i],
+        "sft", model=out / "world/init", data=out / "world/general.jsonl", tuning="full",
+        steps=recipe.pretrain_steps, batch_size=48, lr=recipe.pretrain_lr, lr_schedule="cosine",
+        checkpoint_every=10**6, out=out / "backbone",
     )  # fmt: skip
 
 
 def sft(out: Path, recipe: Recipe, i: int) -> list[str]:
     arm = list(ARMS.values())[i]
     return _command(
-        "sft", model=out / "backbone-2", data=out / "world/sft.jsonl", tuning=arm,
-        steps=recipe.sft_steps, batch_size=16, lr=recipe.sft_lr[i], checkpoint_every=10**6,
+        "sft", model=out / "backbone", data=out / "world/sft.jsonl", tuning=arm,
+        steps=recipe.sft_steps, batch_size=16, lr=recipe.sft_lr[i], lr_schedule="cosine",
+        checkpoint_every=10**6,
         out=_run_folder(out, "SFT", arm),
     )  # fmt: skip
 
@@ -148,8 +132,9 @@ def reward(out: Path, recipe: Recipe, i: int) -> list[str]:
     arm = list(ARMS.values())[i]
     return _command(
         "reward", model=_run_folder(out, "SFT", arm), data=out / "world/pairs.jsonl", tuning=arm,
-        validation=out / "world/heldout_pairs.jsonl", validate_every=50,
-        steps=recipe.reward_steps, batch_size=32, lr=recipe.reward_lr[i], checkpoint_every=10**6,
+        validation=out / "world/heldout_pairs.jsonl", validate_every=100,
+        steps=recipe.reward_steps, batch_size=32, lr=recipe.reward_lr[i], lr_schedule="cosine",
+        checkpoint_every=10**6,
         out=_run_folder(out, "reward", arm),
     )  # fmt: skip
 
@@ -161,7 +146,7 @@ def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
         "reinforce", model=_run_folder(out, "SFT", arm), data=out / "world/prompts.jsonl",
         reward_model=_run_folder(out, "reward", arm), tuning=arm, steps=recipe.reinforce_steps,
         prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr, value_lr=lr,
-        beta=recipe.beta,
+        beta=recipe.beta, lr_schedule="linear",
         samples_every=10**6, checkpoint_every=10**6, out=_run_folder(out, "REINFORCE", arm),
     )  # fmt: skip
 

@@ -265,10 +265,12 @@ def _write_cafe(config: DataConfig) -> None:
                 print(json.dumps(row, ensure_ascii=False))
         return
     folder = Path(config.out)
-    files = {name: _new_file(folder / f"{name}.jsonl") for name in tables}
-    for name, path in files.items():
-        _write_rows(path, tables[name])
-        print(f"{path}: {len(tables[name])} {row_kind(tables[name])} rows")
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--out {folder} exists and is not empty; give another folder")
+    cafe.write_world(folder, world, config.seed)
+    for name, rows in tables.items():
+        print(f"{folder / name}.jsonl: {len(rows)} {row_kind(rows)} rows")
+    print(f"{folder / 'init'}: a small Llama with random weights, and its tokenizer")
 
 
 def _new_file(path: str | Path) -> Path:

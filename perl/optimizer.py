@@ -1,7 +1,8 @@
-"""AdamW with linear warmup and clipping, whose state is a dict of named tensors."""
+"""AdamW with a learning-rate schedule and clipping, whose state is a dict of named tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,8 @@ from perl.config import UsageError
 class Optimizer:
     """One role's optimizer: `clip`, look at the norm, `step`.
 
-    The learning rate rises linearly over `warmup_steps` updates and stays at `lr`.
+    The learning rate rises linearly over `warmup_steps` updates; then it stays at `lr`
+    ("constant") or falls to 0 at update `steps`, on a line ("linear") or half a cosine ("cosine").
     """
 
     def __init__(
@@ -21,12 +23,15 @@ class Optimizer:
         parameters: Sequence[tuple[str, nn.Parameter]],
         *,
         lr: float,
+        steps: int = 0,
+        schedule: str = "constant",
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ):
         self.parameters = dict(parameters)
-        self.lr, self.warmup_steps, self.max_grad_norm = lr, warmup_steps, max_grad_norm
+        self.lr, self.steps, self.schedule = lr, steps, schedule
+        self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
         self.adamw = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=weight_decay)
 
     def clip(self) -> float:
@@ -37,9 +42,19 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update number `step` (from 1); gradients are None afterwards."""
         for group in self.adamw.param_groups:
-            group["lr"] = self.lr * min(1.0, step / max(1, self.warmup_steps))
+            group["lr"] = self.learning_rate(step)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+
+    def learning_rate(self, step: int) -> float:
+        """Of update number `step` (from 1)."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        # the last update is not wasted at a learning rate of 0
+        left = (self.steps + 1 - step) / (self.steps + 1 - self.warmup_steps)
+        return self.lr * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name, ready for safetensors."""

@@ -8,7 +8,7 @@ Both answers of a pair go through the model in one pass. Validation reports accu
 AUC and balanced accuracy (pointwise: labels are seldom balanced); the checkpoint that is best on it
 becomes the result.
 
-Left out: a margin or a term that centres the scores, ensembles, learning-rate decay.
+Left out: a margin or a term that centres the scores, ensembles.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and all of {text} rows. Only the hidden states that predict a learned token meet
 `pk.linear_log_prob` makes no [tokens × vocabulary] matrix of them.
 
 Left out: packing several short rows into one sequence (rows of like length share a batch instead),
-learning-rate decay, label smoothing.
+label smoothing.
 """
 
 from __future__ import annotations

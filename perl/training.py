@@ -66,6 +66,8 @@ def make_optimizer(config: TrainConfig, backbone: Backbone, role: str, lr: float
     return Optimizer(
         backbone.trainable(role),
         lr=lr,
+        steps=config.steps,
+        schedule=config.lr_schedule,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

@@ -7,12 +7,10 @@ import math
 
 import pytest
 import torch
-from _tiny_models import FAMILIES, VOCABULARY, difference, logits_of, stir, tiny, tokens
+from _tiny import FAMILIES, VOCABULARY, difference, logits_of, stir, tiny_model, tokens
 from torch import nn
 
 import perl_kernels as pk
-
-CAUSAL = [name for name in FAMILIES if name != "llama_reward"]
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -28,9 +26,9 @@ def trainable(model: nn.Module) -> set[str]:
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_apply_changes_no_output_and_freezes_the_base(family):
-    model = tiny(family)
+    model = tiny_model(family)
     before = logits_of(model)
     assert pk.apply_lora(model, pk.LoRAConfig(r=3)) is model
     assert difference(logits_of(model), before) < 1e-6
@@ -42,8 +40,8 @@ def test_apply_changes_no_output_and_freezes_the_base(family):
 
 def test_all_linear_leaves_heads_alone():
     layer = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    for family in ("llama", "llama_reward"):
-        names = adapted(pk.apply_lora(tiny(family), pk.LoRAConfig()))
+    for scalar in (False, True):
+        names = adapted(pk.apply_lora(tiny_model(scalar=scalar), pk.LoRAConfig()))
         assert {name.rpartition(".")[2] for name in names} == layer
         assert len(names) == 2 * len(layer)
 
@@ -57,7 +55,7 @@ def test_all_linear_leaves_heads_alone():
     ],
 )
 def test_targets_by_name_and_by_regular_expression(targets, wanted):
-    model = tiny("llama")
+    model = tiny_model("llama")
     if wanted is None:
         wanted = {n for n, m in model.named_modules() if ".0." in n and isinstance(m, nn.Linear)}
         assert len(wanted) == 7
@@ -71,7 +69,7 @@ def test_rank_and_alpha_patterns():
         rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
         alpha_pattern={"mlp.up_proj": 3},
     )
-    layers = pk.apply_lora(tiny("llama"), config).model.layers
+    layers = pk.apply_lora(tiny_model("llama"), config).model.layers
     assert [layer.self_attn.q_proj.lora_A["default"].shape[0] for layer in layers] == [2, 2]
     assert [layer.mlp.up_proj.lora_A["default"].shape[0] for layer in layers] == [4, 6]
     assert [layer.mlp.up_proj.adapters["default"].scale for layer in layers] == [3 / 4, 3 / 6]
@@ -97,7 +95,7 @@ def test_shared_module_is_adapted_once():
     ],
 )
 def test_targets_that_do_not_fit_are_refused_and_nothing_is_changed(given, message):
-    model = tiny("llama")
+    model = tiny_model("llama")
     with pytest.raises(ValueError, match=message):
         pk.apply_lora(model, pk.LoRAConfig(**given))
     assert not adapted(model)
@@ -136,7 +134,7 @@ def test_model_without_linear_modules_is_refused():
 
 
 def two_adapters() -> nn.Module:
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3))
     pk.apply_lora(model, pk.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]), "value")
     stir(model)
     return model
@@ -148,7 +146,7 @@ def test_named_adapters_are_separate():
     default = logits_of(model)  # the first adapter stays active
     assert not any(p.requires_grad for p in pk.adapter_parameters(model, "value").values())
 
-    alone = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
+    alone = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3))
     for name, parameter in pk.adapter_parameters(alone).items():
         parameter.data = pk.adapter_parameters(model)[name].data
     assert torch.equal(logits_of(alone), default)
@@ -179,7 +177,7 @@ def test_adapter_parameters_are_the_models_own():
 
 
 def test_second_all_linear_adapter_finds_the_same_modules():
-    model = pk.apply_lora(tiny("gpt2"), pk.LoRAConfig(r=3))
+    model = pk.apply_lora(tiny_model("gpt2"), pk.LoRAConfig(r=3))
     modules = adapted(model)
     pk.apply_lora(model, pk.LoRAConfig(r=2), "second")
     assert adapted(model) == modules
@@ -201,7 +199,7 @@ def test_unknown_adapter_is_refused_by_name():
     with pytest.raises(ValueError, match="no adapter 'policy'; the model has: default, value"):
         pk.set_adapter(model, "policy")
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layers"):
-        pk.set_adapter(tiny("llama"), "default")
+        pk.set_adapter(tiny_model("llama"), "default")
 
 
 def test_several_adapters_learn_from_one_backward():
@@ -227,7 +225,7 @@ def test_several_adapters_learn_from_one_backward():
 
 
 def test_disable_nests_and_survives_an_exception():
-    model, base = two_adapters(), logits_of(tiny("llama"))
+    model, base = two_adapters(), logits_of(tiny_model("llama"))
     with_adapter = logits_of(model)
     with pk.disable_adapters(model):
         assert torch.equal(logits_of(model), base)
@@ -244,7 +242,7 @@ def test_deepcopy_and_state_dict_carry_the_adapters():
     model = two_adapters()
     other = copy.deepcopy(model)
     assert torch.equal(logits_of(other), logits_of(model))
-    fresh = pk.apply_lora(tiny("llama", seed=9), pk.LoRAConfig(r=3))
+    fresh = pk.apply_lora(tiny_model("llama", seed=9), pk.LoRAConfig(r=3))
     pk.apply_lora(fresh, pk.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"]), "value")
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(logits_of(fresh), logits_of(model))
@@ -255,11 +253,11 @@ def test_deepcopy_and_state_dict_carry_the_adapters():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_unmerge_and_unload(family, dtype):
     eps = torch.finfo(dtype).eps
-    model = tiny(family).to(dtype)
+    model = tiny_model(family).to(dtype)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     pk.apply_lora(model, pk.LoRAConfig(r=3, alpha=1))
     stir(model)
@@ -320,14 +318,14 @@ def test_broken_adapter_is_not_merged():
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_tied_head_leaves_the_embedding_alone_and_merges_only_untied(family):
-    model = tiny(family)
+    model = tiny_model(family)
     embedding = model.get_input_embeddings().weight
     assert model.lm_head.weight is embedding
     before = embedding.detach().clone()
     pk.apply_lora(model, pk.LoRAConfig(r=3, target_modules=["lm_head"]))
     stir(model)
     with_adapter = logits_of(model)
-    assert difference(with_adapter, logits_of(tiny(family))) > 0.01
+    assert difference(with_adapter, logits_of(tiny_model(family))) > 0.01
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert embedding.grad is None
     assert torch.equal(embedding, before)
@@ -348,9 +346,9 @@ def test_tied_head_leaves_the_embedding_alone_and_merges_only_untied(family):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_with_the_cache_is_the_greedy_loop_without(family):
-    model = pk.apply_lora(tiny(family), pk.LoRAConfig(r=3))
+    model = pk.apply_lora(tiny_model(family), pk.LoRAConfig(r=3))
     stir(model)
     generated = model.generate(
         tokens(), attention_mask=torch.ones_like(tokens()), max_new_tokens=6, do_sample=False,
@@ -367,7 +365,7 @@ def test_generate_with_the_cache_is_the_greedy_loop_without(family):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_with_dropout_gives_the_same_gradients(use_reentrant):
     def gradients(checkpointing: bool, seed: int = 0) -> list[torch.Tensor]:
-        model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3, dropout=0.4))
+        model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3, dropout=0.4))
         stir(model)
         model.train()
         if checkpointing:

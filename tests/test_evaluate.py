@@ -191,12 +191,14 @@ def test_data_counts_tokens_and_rewrites_published_formats(files, tmp_path, caps
 
 
 def test_data_writes_the_embedded_world(tmp_path, capsys, monkeypatch):
-    tables = [field.name for field in dataclasses.fields(cafe.World)]
-    worlds = {seed: {name: [{"prompt": f"{name} {seed}"}] for name in tables} for seed in (0, 3)}
-    monkeypatch.setattr(cafe, "build_world", lambda seed: cafe.World(**worlds[seed]))
+    names = ("general", "demonstrations", "pairs", "prompts", "heldout_pairs", "heldout_prompts")
+    world = cafe.build_world(3, **dict.fromkeys(names, 2))
+    monkeypatch.setattr(cafe, "build_world", lambda seed: {0: None, 3: world}[seed])
     run(capsys, "data", "cafe", "--out", tmp_path / "cafe", "--seed", "3")
-    written = {path.stem: read_rows(path) for path in (tmp_path / "cafe").iterdir()}
-    assert written == worlds[3]
+    written = {path.stem: read_rows(path) for path in (tmp_path / "cafe").glob("*.jsonl")}
+    assert written == dataclasses.asdict(world)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "cafe" / "init")
+    assert AutoTokenizer.from_pretrained(tmp_path / "cafe" / "init").eos_token == "<eos>"
     assert "exists" in refused(capsys, "data", "cafe", "--out", tmp_path / "cafe")
 
 

@@ -8,7 +8,7 @@ import json
 import peft
 import pytest
 import torch
-from _tiny_models import difference, logits_of, stir, tiny, tokens
+from _tiny import FAMILIES, HIDDEN, VOCABULARY, difference, logits_of, stir, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +19,6 @@ from perl_kernels import peft as pk_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out|.*tie_word_embeddings|.*save_emb")
 
-CAUSAL = ["llama", "qwen2", "gpt2", "gemma2"]
 FEW = {
     "llama": ["q_proj", "down_proj"],
     "qwen2": ["k_proj", "up_proj"],
@@ -72,18 +71,18 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("config", OURS)
 def test_our_folder_loads_in_peft(family, config, tmp_path):
-    ours = pk.apply_lora(tiny(family), OURS[config](FEW[family]))
+    ours = pk.apply_lora(tiny_model(family), OURS[config](FEW[family]))
     stir(ours)
     pk.save_adapter(ours, tmp_path)
-    peers = PeftModel.from_pretrained(tiny(family), tmp_path, is_trainable=True).eval()
-    assert difference(logits_of(ours), logits_of(tiny(family))) > 0.01
+    peers = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True).eval()
+    assert difference(logits_of(ours), logits_of(tiny_model(family))) > 0.01
     assert_same(ours, peers)
     assert_same_gradients(ours, peers)
 
-    again = tiny(family)
+    again = tiny_model(family)
     assert pk.load_adapter(again, tmp_path, "other") == {}
     assert torch.equal(logits_of(again), logits_of(ours))
 
@@ -108,7 +107,7 @@ def test_pretrained_model_both_ways(stories260k, tmp_path):
 
 def test_saved_names_are_short_where_they_are_exact(tmp_path):
     def saved(targets) -> list[str]:
-        model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(target_modules=targets))
+        model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(target_modules=targets))
         pk.save_adapter(model, tmp_path)
         return json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
 
@@ -133,26 +132,26 @@ def test_rank_of_a_module_whose_name_ends_anothers(tmp_path):
 
 
 def test_reward_adapter_loads_in_peft_with_its_head(tmp_path):
-    ours = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3), "reward")
+    ours = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3), "reward")
     stir(ours)
-    head = torch.randn(1, 24)
+    head = torch.randn(1, HIDDEN)
     pk.save_adapter(
         ours, tmp_path, "reward", task_type="SEQ_CLS", modules_to_save={"score.weight": head}
     )
     hidden = ours.model(input_ids=tokens()).last_hidden_state[:, -1]
     wanted = (hidden @ head.T).detach()
-    peers = PeftModel.from_pretrained(tiny("llama_reward"), tmp_path).eval()
+    peers = PeftModel.from_pretrained(tiny_model("llama", scalar=True), tmp_path).eval()
     assert difference(logits_of(peers), wanted) < 2e-6
 
-    loaded = pk.load_adapter(tiny("llama"), tmp_path)
+    loaded = pk.load_adapter(tiny_model("llama"), tmp_path)
     assert torch.equal(loaded["score.weight"], head)
-    reward_model = tiny("llama_reward")
+    reward_model = tiny_model("llama", scalar=True)
     pk.load_adapter(reward_model, tmp_path)
     assert difference(logits_of(reward_model), wanted) < 2e-6
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(target_modules=["lm_head"]))
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(target_modules=["lm_head"]))
     for given, message in (
         ({"adapter_name": "other"}, "no adapter 'other'; the model has: default"),
         ({"task_type": "REWARD"}, "task_type is 'REWARD'; wanted one of"),
@@ -165,7 +164,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
 
 
 def test_interrupted_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3))
     pk.save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(before) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -204,17 +203,17 @@ PEERS = {
 
 def peft_model(family: str, config: LoraConfig) -> PeftModel:
     config.task_type = "CAUSAL_LM"
-    model = get_peft_model(tiny(family), config).eval()
+    model = get_peft_model(tiny_model(family), config).eval()
     stir(model)
     return model
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("config", PEERS)
 def test_peft_folder_loads_here(family, config, tmp_path):
     peers = peft_model(family, PEERS[config](FEW[family]))
     peers.save_pretrained(tmp_path)
-    ours = tiny(family)
+    ours = tiny_model(family)
     assert pk.load_adapter(ours, tmp_path) == {}
     adapted = {n for n, m in ours.named_modules() if isinstance(m, pk.LoRALinear)}
     assert adapted == {
@@ -231,10 +230,10 @@ def test_peft_folder_loads_here(family, config, tmp_path):
 
 def test_peft_reward_model_loads_here(tmp_path):
     config = LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS")
-    peers = get_peft_model(tiny("llama_reward"), config).eval()
+    peers = get_peft_model(tiny_model("llama", scalar=True), config).eval()
     stir(peers)
     peers.save_pretrained(tmp_path)
-    ours = tiny("llama_reward", seed=1)
+    ours = tiny_model("llama", scalar=True)
     ours.score.weight.data.zero_()
     heads = pk.load_adapter(ours, tmp_path)
     assert_same(ours, peers)
@@ -243,7 +242,7 @@ def test_peft_reward_model_loads_here(tmp_path):
 
 
 def saved_folder(tmp_path, family: str = "llama", targets=("q_proj",)):
-    model = pk.apply_lora(tiny(family), pk.LoRAConfig(r=3, target_modules=list(targets)))
+    model = pk.apply_lora(tiny_model(family), pk.LoRAConfig(r=3, target_modules=list(targets)))
     stir(model)
     pk.save_adapter(model, tmp_path)
     return tmp_path
@@ -276,64 +275,68 @@ def assert_refused(model: PreTrainedModel, folder, message: str, error=ValueErro
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": ["c_attn"]}, "has 'c_attn', which matches no module"),
         ({"target_modules": ["q_proj", "v_proj"]}, "layers.0.self_attn.v_proj.lora_A is missing"),
-        ({"r": 4}, r"q_proj.lora_A has shape \(3, 24\), this LlamaForCausalLM wants \(4, 24\)"),
+        ({"r": 4}, r"q_proj.lora_A has shape \(3, 32\), this LlamaForCausalLM wants \(4, 32\)"),
     ],
 )
 def test_configurations_that_are_not_supported_are_refused(changed, message, tmp_path):
     path = saved_folder(tmp_path) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    assert_refused(tiny("llama"), tmp_path, message)
+    assert_refused(tiny_model("llama"), tmp_path, message)
 
 
 def test_real_dora_folder_is_refused(tmp_path):
     peft_model("llama", LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(
         tmp_path
     )
-    assert_refused(tiny("llama"), tmp_path, "use_dora is True")
+    assert_refused(tiny_model("llama"), tmp_path, "use_dora is True")
 
 
 def test_files_that_are_missing_or_broken_are_refused(tmp_path):
-    assert_refused(tiny("llama"), tmp_path / "no", "no adapter_config.json", FileNotFoundError)
+    assert_refused(
+        tiny_model("llama"), tmp_path / "no", "no adapter_config.json", FileNotFoundError
+    )
     saved_folder(tmp_path)
     tensors, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     tensors.write_bytes(tensors.read_bytes()[:100])
-    assert_refused(tiny("llama"), tmp_path, "is not a safetensors file")
+    assert_refused(tiny_model("llama"), tmp_path, "is not a safetensors file")
     tensors.rename(tmp_path / "adapter_model.bin")
-    assert_refused(tiny("llama"), tmp_path, "pickles are not read", FileNotFoundError)
+    assert_refused(tiny_model("llama"), tmp_path, "pickles are not read", FileNotFoundError)
     config.write_text("{")
-    assert_refused(tiny("llama"), tmp_path, "adapter_config.json is not JSON")
+    assert_refused(tiny_model("llama"), tmp_path, "adapter_config.json is not JSON")
 
 
 def test_tensors_of_another_model_are_refused(tmp_path):
     path = saved_folder(tmp_path) / "adapter_model.safetensors"
     good = load_file(path)
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-
+    head = "base_model.model.lm_head.weight"
     for changed, message in (
-        ({first: torch.ones(8, 3)}, r"layers.0.*q_proj.lora_B has shape \(8, 3\), this .* \(24, 3"),
+        ({first: torch.ones(8, 3)}, r"layers.0.*q_proj.lora_B has shape \(8, 3\), this .* \(32, 3"),
         ({"base_model.model.fc.lora_A.weight": torch.ones(1)}, "fc.lora_A.weight is unexpected"),
-        ({"base_model.model.lm_head.weight": torch.ones(9, 24)}, r"lm_head.weight has shape \(9,"),
-        ({"base_model.model.lm_head.weight": torch.ones(61, 24)}, "lm_head.weight differs from"),
+        ({head: torch.ones(9, HIDDEN)}, r"lm_head.weight has shape \(9,"),
+        ({head: torch.ones(VOCABULARY, HIDDEN)}, "lm_head.weight differs from"),
     ):
         save_file(good | changed, path)
-        assert_refused(tiny("llama"), tmp_path, message)
+        assert_refused(tiny_model("llama"), tmp_path, message)
     save_file({key: tensor for key, tensor in good.items() if key != first}, path)
-    assert_refused(tiny("llama"), tmp_path, r"layers.0.self_attn.q_proj.lora_B is missing")
+    assert_refused(tiny_model("llama"), tmp_path, r"layers.0.self_attn.q_proj.lora_B is missing")
 
 
 def test_head_of_another_size_is_refused(tmp_path):
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3))
-    heads = {"score.weight": torch.ones(2, 24)}
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3))
+    heads = {"score.weight": torch.ones(2, HIDDEN)}
     pk.save_adapter(model, tmp_path, task_type="SEQ_CLS", modules_to_save=heads)
-    assert_refused(tiny("llama_reward"), tmp_path, r"score.weight has shape \(2, 24\), this .*\(1,")
+    assert_refused(
+        tiny_model("llama", scalar=True), tmp_path, r"score.weight has shape \(2, 32\), this .*\(1,"
+    )
 
 
 def test_loading_into_an_adapter_that_is_there(tmp_path):
     saved_folder(tmp_path)
-    wanted = tiny("llama")
+    wanted = tiny_model("llama")
     pk.load_adapter(wanted, tmp_path)
 
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=3, target_modules=["q_proj"]))
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3, target_modules=["q_proj"]))
     parameters = pk.adapter_parameters(model)
     pk.load_adapter(model, tmp_path)
     assert torch.equal(logits_of(model), logits_of(wanted))
@@ -345,20 +348,20 @@ def test_loading_into_an_adapter_that_is_there(tmp_path):
         (pk.LoRAConfig(r=3, alpha=9, target_modules=["q_proj"]), "r=3 and scale=3.0, the folder"),
         (pk.LoRAConfig(r=2, target_modules=["q_proj"]), "with r=2 and scale=16.0, the folder r=3"),
     ):
-        assert_refused(pk.apply_lora(tiny("llama"), config), tmp_path, message)
+        assert_refused(pk.apply_lora(tiny_model("llama"), config), tmp_path, message)
     pk.merge_lora(model)
     assert_refused(model, tmp_path, "adapter 'default' is merged; call unmerge_lora")
 
 
 def test_second_adapter_from_a_folder_waits(tmp_path):
     saved_folder(tmp_path)
-    model = pk.apply_lora(tiny("llama"), pk.LoRAConfig(r=2))
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=2))
     stir(model)
     before = logits_of(model)
     pk.load_adapter(model, tmp_path, "second")
     assert torch.equal(logits_of(model), before)
     pk.set_adapter(model, "second")
-    wanted = tiny("llama")
+    wanted = tiny_model("llama")
     pk.load_adapter(wanted, tmp_path)
     assert torch.equal(logits_of(model), logits_of(wanted))
 
@@ -381,7 +384,7 @@ def calls(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_accelerated_model_is_the_same_model(family, calls):
     config = LoraConfig(r=3, target_modules=[*FEW[family], "lm_head"], lora_dropout=0.3)
     peers = peft_model(family, config)
@@ -437,7 +440,7 @@ def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
     assert difference(got, wanted) < 2e-6
 
     ours.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
     assert_same(again, peers)
     assert not list(tmp_path.glob("**/*.bin"))
 
@@ -495,7 +498,7 @@ def test_accelerated_dropout_is_for_training_and_repeats_with_the_seed(calls):
 
 def test_accelerated_16_bit_base():
     config = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
-    peers = get_peft_model(tiny("llama").bfloat16(), config).eval()
+    peers = get_peft_model(tiny_model("llama").bfloat16(), config).eval()
     stir(peers)
     exact = logits_of(copy.deepcopy(peers).double())
     ours = pk.accelerate_peft(copy.deepcopy(peers))
@@ -506,6 +509,6 @@ def test_accelerated_16_bit_base():
 
 def test_models_without_peft_layers_are_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layer of peft"):
-        pk.accelerate_peft(tiny("llama"))
+        pk.accelerate_peft(tiny_model("llama"))
     with pytest.raises(ValueError, match="q_proj already carries LoRA weights of PEFT"):
         pk.apply_lora(two_peft_adapters(), pk.LoRAConfig())

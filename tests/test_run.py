@@ -247,6 +247,23 @@ def test_a_restored_optimizer_makes_the_same_updates():
     )
 
 
+def test_learning_rate_schedules():
+    """Warmup, then constant, or down a line or half a cosine; the last update still learns."""
+
+    def rates(schedule):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = Optimizer([("w", weight)], lr=1.0, steps=9, schedule=schedule, warmup_steps=2)
+        return [optimizer.learning_rate(step) for step in range(1, 10)]
+
+    assert rates("constant") == [0.5, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert rates("linear") == pytest.approx(
+        [0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+    cosine = rates("cosine")
+    assert cosine[5] == pytest.approx(0.5) and cosine[2] + cosine[8] == pytest.approx(1.0)
+    assert cosine[1] == 1 and all(a > b > 0 for a, b in zip(cosine[1:], cosine[2:], strict=False))
+
+
 def test_warmup_clipping_and_the_norm():
     weight = torch.nn.Parameter(torch.zeros(4))
     optimizer = Optimizer([("w", weight)], lr=1.0, warmup_steps=4, max_grad_norm=0.5)
