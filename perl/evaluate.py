@@ -256,17 +256,17 @@ def _ruler(model: str | None) -> tuple[str, Any]:
 
 
 def _write_cafe(config: DataConfig) -> None:
+    folder = Path(config.out) if config.out is not None else None
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"--out {folder} exists and is not empty; give another folder")
     world = cafe.build_world(config.seed)
     tables = {field.name: getattr(world, field.name) for field in dataclasses.fields(world)}
-    if config.out is None:
+    if folder is None:
         for name, rows in tables.items():
             print(f"{name}: {len(rows)} {row_kind(rows)} rows")
             for row in rows[: config.rows]:
                 print(json.dumps(row, ensure_ascii=False))
         return
-    folder = Path(config.out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"--out {folder} exists and is not empty; give another folder")
     cafe.write_world(folder, world, config.seed)
     for name, rows in tables.items():
         print(f"{folder / name}.jsonl: {len(rows)} {row_kind(rows)} rows")

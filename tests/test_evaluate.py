@@ -193,7 +193,7 @@ def test_data_counts_tokens_and_rewrites_published_formats(files, tmp_path, caps
 def test_data_writes_the_embedded_world(tmp_path, capsys, monkeypatch):
     names = ("general", "demonstrations", "pairs", "prompts", "heldout_pairs", "heldout_prompts")
     world = cafe.build_world(3, **dict.fromkeys(names, 2))
-    monkeypatch.setattr(cafe, "build_world", lambda seed: {0: None, 3: world}[seed])
+    monkeypatch.setattr(cafe, "build_world", lambda seed: {3: world}[seed])
     run(capsys, "data", "cafe", "--out", tmp_path / "cafe", "--seed", "3")
     written = {path.stem: read_rows(path) for path in (tmp_path / "cafe").glob("*.jsonl")}
     assert written == dataclasses.asdict(world)
