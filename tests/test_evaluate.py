@@ -199,6 +199,7 @@ def test_data_writes_the_embedded_world(tmp_path, capsys, monkeypatch):
     assert written == dataclasses.asdict(world)
     AutoModelForCausalLM.from_pretrained(tmp_path / "cafe" / "init")
     assert AutoTokenizer.from_pretrained(tmp_path / "cafe" / "init").eos_token == "<eos>"
+    capsys.readouterr()
     assert "exists" in refused(capsys, "data", "cafe", "--out", tmp_path / "cafe")
 
 
