@@ -10,15 +10,18 @@
 namespace perl_kernels::cpu {
 namespace {
 
-enum Cap { DEFAULT, AVX2, AVX512 };
+enum Cap { DEFAULT, AVX2, AVX512, AVX512_BF16 };
 
 Cap cap_of_environment() {
+  const char* names[] = {"default", "avx2", "avx512", "avx512_bf16"};
   const char* value = std::getenv("PERL_KERNELS_CPU_CAPABILITY");
-  const std::string cap = value == nullptr || *value == 0 ? "avx512" : value;
+  if (value == nullptr || *value == 0) return AVX512_BF16;
+  for (int cap = DEFAULT; cap <= AVX512_BF16; ++cap) {
+    if (std::string(value) == names[cap]) return static_cast<Cap>(cap);
+  }
   TORCH_CHECK_VALUE(
-      cap == "default" || cap == "avx2" || cap == "avx512", "PERL_KERNELS_CPU_CAPABILITY is '",
-      cap, "'; wanted default, avx2 or avx512");
-  return cap == "avx512" ? AVX512 : cap == "avx2" ? AVX2 : DEFAULT;
+      false, "PERL_KERNELS_CPU_CAPABILITY is '", value,
+      "'; wanted default, avx2, avx512 or avx512_bf16");
 }
 
 Cap cap() {
@@ -31,16 +34,17 @@ const Kernels& widest() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = __builtin_cpu_supports("avx512bf16");
+  if (cap() >= AVX512_BF16 && avx2 && avx512 && bf16) return kernels_avx512_bf16;
   if (cap() >= AVX512 && avx2 && avx512) return kernels_avx512;
   if (cap() >= AVX2 && avx2) return kernels_avx2;
 #endif
   return kernels_default;
 }
 
-// "DEFAULT", "AVX2" or "AVX512", with "+BF16" or "+AMX" where bfloat16 products use them.
+// "DEFAULT", "AVX2", "AVX512" or "AVX512_BF16", with "+AMX" where bfloat16 products use it.
 std::string cpu_capability() {
-  const char* more = has_bfloat16_tiles() ? "+AMX" : has_bfloat16_vectors() ? "+BF16" : "";
-  return std::string(kernels().name) + more;
+  return std::string(kernels().name) + (has_bfloat16_tiles() ? "+AMX" : "");
 }
 
 }  // namespace
@@ -50,16 +54,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool has_bfloat16_vectors() {
-#ifdef PERL_KERNELS_X86
-  return cap() >= AVX512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 bool has_bfloat16_tiles() {
-  return cap() >= AVX512 && at::native::cpublas::could_pack(at::kBFloat16);
+  return cap() >= AVX512_BF16 && at::native::cpublas::could_pack(at::kBFloat16);
 }
 
 TORCH_LIBRARY_IMPL(perl_kernels, CatchAll, m) { m.impl("cpu_capability", cpu_capability); }

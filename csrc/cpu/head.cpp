@@ -6,8 +6,8 @@
 // merge in order. Gradient: for one slab of the vocabulary at a time, dz of all rows of the group
 // is made tile by tile and packed at once as the left operand of dhidden += dz weight.
 //
-// Where the processor has bfloat16 matrix tiles (AMX), bfloat16 products go to oneDNN's brgemm,
-// which multiplies bfloat16 and sums float32; logits are float32 either way.
+// Where the processor multiplies bfloat16 itself, its products stay bfloat16 with float32 sums: by
+// vectors (AVX512-BF16) here, by matrix tiles (AMX) through oneDNN; logits are float32 either way.
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
@@ -28,18 +28,12 @@ struct Options {
   float temperature, softcap;
 };
 
-// Rows of bfloat16 that brgemm can read in pairs of columns.
-bool paired(const Matrix& m) {
-  return m.dtype == Dtype::bfloat16 && m.column_stride == 1 && m.columns % 2 == 0 &&
-      m.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.data) % 4 == 0;
-}
-
-// The same memory, a pair of bfloat16 as one float: its packed panels [K / 2][width] of floats are
-// brgemm's [K / 2][width][2] of bfloat16.
-Matrix pairs_of(const Matrix& m) {
-  return Matrix(
-      reinterpret_cast<const float*>(m.data), m.rows, m.columns / 2, m.row_stride / 2);
-}
+// How a product is made.
+enum class Products {
+  floats,  // operands become float32 panels
+  pairs,   // bfloat16 panels, by the processor's vectors
+  tiles    // bfloat16, by the processor's matrix tiles (AMX), through oneDNN
+};
 
 const at::BFloat16* bfloat16(const char* data) {
   return reinterpret_cast<const at::BFloat16*>(data);
@@ -51,7 +45,7 @@ struct Head {
   const bool has_ref;
   Buffer bias;  // float32, or none
   const bool has_bias;
-  const bool native;  // bfloat16 products by brgemm
+  const Products products;
 
   Head(
       const Tensor& weight, const OptionalTensor& bias, const Tensor& hidden,
@@ -59,16 +53,24 @@ struct Head {
       : weight(weight), hidden(hidden), ref_hidden(ref_hidden.value_or(hidden)),
         has_ref(ref_hidden.has_value()), bias(bias.has_value() ? weight.size(0) : 0),
         has_bias(bias.has_value()),
-        native(
-            has_bfloat16_tiles() && paired(this->weight) &&
-            paired(this->hidden) && paired(this->ref_hidden)) {
+        products(
+            !(paired(this->weight) && paired(this->hidden) && paired(this->ref_hidden))
+                ? Products::floats
+            : has_bfloat16_tiles()                  ? Products::tiles
+            : kernels().multiply_pairs != nullptr   ? Products::pairs
+                                                    : Products::floats) {
     if (has_bias) vector_to_float(*bias, 0, weight.size(0), this->bias.data());
   }
 
   int64_t V() const { return weight.rows; }
   int64_t H() const { return weight.columns; }
+  // A row of an operand as it is multiplied: H floats, or as many of pairs.
+  Matrix operand(const Matrix& m) const {
+    return products == Products::floats ? m : pairs_of(m);
+  }
+  int64_t K() const { return products == Products::floats ? H() : H() / 2; }
   int64_t rows_at_once(int64_t rows) const {
-    const int64_t bytes = H() * sizeof(float) * (has_ref ? 2 : 1);
+    const int64_t bytes = K() * sizeof(float) * (has_ref ? 2 : 1);
     return cpu::rows_at_once(rows, std::max(bytes, PACKED_BYTES / MOST_ROWS), PACKED_BYTES);
   }
 };
@@ -76,20 +78,21 @@ struct Head {
 // Hidden states of a group of rows as a left operand, in blocks of TILE_ROWS.
 class Rows {
  public:
-  Rows(const Matrix& hidden, int64_t at_once, bool native)
-      : hidden_(hidden), native_(native), packed_(native ? 0 : at_once * hidden.columns) {}
+  Rows(const Head& head, const Matrix& hidden, int64_t at_once)
+      : head_(head), hidden_(hidden),
+        packed_(head.products == Products::tiles ? 0 : at_once * head.K()) {}
 
   void take(int64_t first, int64_t rows) {
     first_ = first;
-    if (native_) return;
+    if (head_.products == Products::tiles) return;
     const Kernels& table = kernels();
-    const int64_t H = hidden_.columns;
+    const int64_t K = head_.K();
     at::parallel_for(0, ceil_div(rows, TILE_ROWS), 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * TILE_ROWS; row < std::min(end * TILE_ROWS, rows);
            row += TILE_ROWS) {
         pack(
-            hidden_, first + row, std::min(TILE_ROWS, rows - row), 0, H, table.row_panel,
-            packed_.data() + row * H, H * table.row_panel);
+            head_.operand(hidden_), first + row, std::min(TILE_ROWS, rows - row), 0, K,
+            table.row_panel, packed_.data() + row * K, K * table.row_panel);
       }
     });
   }
@@ -97,24 +100,24 @@ class Rows {
   // z (rows, n) = block * columns^T, with stride TILE_COLUMNS
   void multiply(int64_t block, int64_t rows, float* columns, int64_t n, float* z) {
     const Kernels& table = kernels();
-    const int64_t H = hidden_.columns, width = table.column_panel;
-    if (!native_) {
-      table.multiply(
-          packed_.data() + block * TILE_ROWS * H, ceil_div(rows, table.row_panel),
-          H * table.row_panel, columns, ceil_div(n, width), H * width, H, z, TILE_COLUMNS, false);
+    const int64_t K = head_.K(), width = table.column_panel;
+    if (head_.products != Products::tiles) {
+      (head_.products == Products::pairs ? table.multiply_pairs : table.multiply)(
+          packed_.data() + block * TILE_ROWS * K, ceil_div(rows, table.row_panel),
+          K * table.row_panel, columns, ceil_div(n, width), K * width, K, z, TILE_COLUMNS, false);
       return;
     }
     for (int64_t j = 0; j < n; j += width) {
       at::native::cpublas::brgemm(
-          rows, width, H, hidden_.row_stride, width, TILE_COLUMNS, /*add_C=*/false,
+          rows, width, head_.H(), hidden_.row_stride, width, TILE_COLUMNS, /*add_C=*/false,
           bfloat16(hidden_.at(first_ + block * TILE_ROWS, 0)),
-          reinterpret_cast<const at::BFloat16*>(columns + j * H / 2), z + j);
+          reinterpret_cast<const at::BFloat16*>(columns + j * K), z + j);
     }
   }
 
  private:
+  const Head& head_;
   const Matrix hidden_;
-  const bool native_;
   Buffer packed_;
   int64_t first_ = 0;
 };
@@ -123,10 +126,10 @@ class Rows {
 class TileMaker {
  public:
   explicit TileMaker(const Head& head)
-      : head_(head), columns_(TILE_COLUMNS * head.H()), z_(TILE_ROWS * TILE_COLUMNS),
+      : head_(head), columns_(TILE_COLUMNS * head.K()), z_(TILE_ROWS * TILE_COLUMNS),
         zq_(head.has_ref ? TILE_ROWS * TILE_COLUMNS : 0) {}
   ~TileMaker() {
-    if (head_.native) at::native::cpublas::brgemm_release();
+    if (head_.products == Products::tiles) at::native::cpublas::brgemm_release();
   }
 
   // Choose columns first .. first + count of the vocabulary.
@@ -135,9 +138,9 @@ class TileMaker {
     first_ = first;
     count_ = count;
     const int64_t width = kernels().column_panel;
-    const Matrix weight = head_.native ? pairs_of(head_.weight) : head_.weight;
+    const int64_t K = head_.K();
     pack(
-        weight, first, count, 0, weight.columns, width, columns_.data(), weight.columns * width);
+        head_.operand(head_.weight), first, count, 0, K, width, columns_.data(), K * width);
   }
 
   // Raw logits of one block of `count` rows, with stride TILE_COLUMNS.
@@ -160,43 +163,41 @@ class TileMaker {
 class GradientRowsOfSlab {
  public:
   GradientRowsOfSlab(const Head& head, int64_t at_once)
-      : head_(head), packed_(head.native ? at_once * SLAB / 2 : at_once * SLAB) {}
+      : head_(head), stride_(head.products == Products::floats ? SLAB : SLAB / 2),
+        packed_(at_once * stride_) {}
 
-  // A tile of dz, `first` columns into the slab.
-  void put(int64_t block, const float* z, int64_t rows, int64_t first, int64_t n) {
+  // A tile of dz, `first` columns into the slab; overwrites z.
+  void put(int64_t block, float* z, int64_t rows, int64_t first, int64_t n) {
     const Kernels& table = kernels();
-    if (!head_.native) {
-      pack(
-          Matrix(z, rows, n, TILE_COLUMNS), 0, rows, 0, n, table.row_panel,
-          packed_.data() + block * TILE_ROWS * SLAB + first * table.row_panel,
-          SLAB * table.row_panel);
-      return;
+    Matrix tile(z, rows, n, TILE_COLUMNS);
+    if (head_.products != Products::floats) {
+      // rounded in place, so that a row of pairs starts where the row of floats did
+      const int64_t stride = head_.products == Products::tiles ? SLAB : 2 * TILE_COLUMNS;
+      at::BFloat16* to = head_.products == Products::tiles
+          ? rounded() + block * TILE_ROWS * SLAB + first
+          : reinterpret_cast<at::BFloat16*>(z);
+      for (int64_t i = 0; i < rows; ++i, z += TILE_COLUMNS, to += stride) {
+        table.from_float(z, n, Dtype::bfloat16, to);
+        if (n % 2 != 0) to[n] = 0;
+      }
+      if (head_.products == Products::tiles) return;
+      tile = Matrix(z - rows * TILE_COLUMNS, rows, ceil_div(n, 2), TILE_COLUMNS);
+      first /= 2;
     }
-    at::BFloat16* to = rounded() + block * TILE_ROWS * SLAB + first;
-    for (int64_t i = 0; i < rows; ++i, z += TILE_COLUMNS, to += SLAB) {
-      table.from_float(z, n, Dtype::bfloat16, to);
-      if (n % 2 != 0) to[n] = 0;
-    }
+    pack(
+        tile, 0, rows, 0, tile.columns, table.row_panel,
+        packed_.data() + block * TILE_ROWS * stride_ + first * table.row_panel,
+        stride_ * table.row_panel);
   }
 
   // Columns h .. h + n of the weight's slab as the right operand.
   void pack_weight(int64_t slab, int64_t width, int64_t h, int64_t n, float* columns) const {
     const int64_t panel = kernels().column_panel;
-    if (!head_.native) {
+    if (head_.products == Products::floats) {
       pack(head_.weight.t(), h, n, slab, width, panel, columns, width * panel);
-      return;
-    }
-    // panels [width / 2][panel][2]: two rows of weight side by side
-    at::BFloat16* to = reinterpret_cast<at::BFloat16*>(columns);
-    for (int64_t j = 0; j < n; j += panel) {
-      for (int64_t v = 0; v < width; v += 2) {
-        const at::BFloat16* even = bfloat16(head_.weight.at(slab + v, h + j));
-        const at::BFloat16* odd = even + head_.weight.row_stride;
-        for (int64_t i = 0; i < panel; ++i, to += 2) {
-          to[0] = j + i < n ? even[i] : at::BFloat16(0);
-          to[1] = j + i < n && v + 1 < width ? odd[i] : at::BFloat16(0);
-        }
-      }
+    } else {
+      pack_pairs_of_rows(
+          head_.weight, h, n, slab, width, panel, columns, ceil_div(width, 2) * panel);
     }
   }
 
@@ -205,19 +206,19 @@ class GradientRowsOfSlab {
       int64_t block, int64_t rows, int64_t width, float* columns, int64_t n, float* tile) {
     const Kernels& table = kernels();
     const int64_t panel = table.column_panel;
-    if (!head_.native) {
-      table.multiply(
-          packed_.data() + block * TILE_ROWS * SLAB, ceil_div(rows, table.row_panel),
-          SLAB * table.row_panel, columns, ceil_div(n, panel), width * panel, width, tile,
+    const int64_t K = head_.products == Products::floats ? width : ceil_div(width, 2);
+    if (head_.products != Products::tiles) {
+      (head_.products == Products::pairs ? table.multiply_pairs : table.multiply)(
+          packed_.data() + block * TILE_ROWS * stride_, ceil_div(rows, table.row_panel),
+          stride_ * table.row_panel, columns, ceil_div(n, panel), K * panel, K, tile,
           TILE_COLUMNS, false);
       return;
     }
-    const int64_t K = round_up(width, 2);
     for (int64_t j = 0; j < n; j += panel) {
       at::native::cpublas::brgemm(
-          rows, panel, K, SLAB, panel, TILE_COLUMNS, /*add_C=*/false,
+          rows, panel, 2 * K, SLAB, panel, TILE_COLUMNS, /*add_C=*/false,
           rounded() + block * TILE_ROWS * SLAB,
-          reinterpret_cast<const at::BFloat16*>(columns + j * K / 2), tile + j);
+          reinterpret_cast<const at::BFloat16*>(columns + j * K), tile + j);
     }
   }
 
@@ -225,6 +226,7 @@ class GradientRowsOfSlab {
   at::BFloat16* rounded() { return reinterpret_cast<at::BFloat16*>(packed_.data()); }
 
   const Head& head_;
+  const int64_t stride_;  // floats of one row
   Buffer packed_;
 };
 
@@ -246,8 +248,8 @@ StatsTuple head_stats(
   const int64_t tiles_per_share = ceil_div(tiles, MOST_SHARES);
   const int64_t shares = ceil_div(tiles, tiles_per_share);
   const int64_t at_once = head.rows_at_once(N);
-  Rows rows(head.hidden, at_once, head.native);
-  Rows ref_rows(head.ref_hidden, head.has_ref ? at_once : 0, head.native);
+  Rows rows(head, head.hidden, at_once);
+  Rows ref_rows(head, head.ref_hidden, head.has_ref ? at_once : 0);
   std::vector<RowState> states(shares * std::min(at_once, N));
 
   for (int64_t group = 0; group < N; group += at_once) {
@@ -345,8 +347,8 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
   const bool all_rows = need_dweight || need_dbias;
   const int64_t group_size = all_rows ? N : std::min(at_once, N);
   const int64_t blocks_at_once = at_once / TILE_ROWS;
-  Rows rows(head.hidden, at_once, head.native);
-  Rows ref_rows(head.ref_hidden, head.has_ref ? at_once : 0, head.native);
+  Rows rows(head, head.hidden, at_once);
+  Rows ref_rows(head, head.ref_hidden, head.has_ref ? at_once : 0);
   GradientRowsOfSlab dz_rows(head, need_dhidden ? at_once : 0);
   Buffer dz_columns(need_dweight ? at_once * SLAB : 0);         // panels of the slab, K = rows
   Buffer dbias_blocks(need_dbias ? blocks_at_once * SLAB : 0);  // column sums of each block
@@ -399,7 +401,6 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                   z_row, zq_row, n, column >= 0 && column < n ? column : -1, incoming[row + i],
                   options.temperature, options.softcap);
             }
-            if (need_dhidden) dz_rows.put(block, z, rows_of(block), tile, n);
             if (need_dweight) {
               pack(
                   Matrix(z, rows_of(block), n, TILE_COLUMNS).t(), 0, n, 0, rows_of(block),
@@ -414,6 +415,7 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                 table.accumulate(z + i * TILE_COLUMNS, n, sums);
               }
             }
+            if (need_dhidden) dz_rows.put(block, z, rows_of(block), tile, n);
           }
         });
 
@@ -435,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                 tile.data(), rows_of(block), n, slab > 0,
                 dhidden_sum + (part + block * TILE_ROWS) * H + h, H);
           }
-          if (head.native) at::native::cpublas::brgemm_release();
+          if (head.products == Products::tiles) at::native::cpublas::brgemm_release();
         });
 
         // dweight += dz^T hidden

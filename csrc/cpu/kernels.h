@@ -36,6 +36,13 @@ struct Kernels {
       const float* columns, int64_t column_panels, int64_t column_panel_stride,
       int64_t k, float* c, int64_t ldc, bool add);
 
+  // The same for bfloat16, a pair of consecutive k in the place of each float; sums are float32.
+  // Null where the processor has no instruction for it.
+  void (*multiply_pairs)(
+      const float* rows, int64_t row_panels, int64_t row_panel_stride,
+      const float* columns, int64_t column_panels, int64_t column_panel_stride,
+      int64_t k, float* c, int64_t ldc, bool add);
+
   // c (k, n) += panel (row_panel, k)^T right (row_panel, n) for one panel of packed rows; right and
   // c have room for n rounded up to column_panel.
   void (*outer)(
@@ -44,6 +51,9 @@ struct Kernels {
 
   // to[k][width] = transpose of from[width][ld], for k < n.
   void (*interleave)(const float* from, int64_t ld, int64_t width, int64_t n, float* to);
+
+  // to[i] = the pair (even[i], odd[i])
+  void (*zip)(const uint16_t* even, const uint16_t* odd, int64_t n, float* to);
 
   // to[i] = from[i * stride], and back (contiguous, rounded to nearest even).
   void (*to_float)(const void* from, Dtype dtype, int64_t stride, int64_t n, float* to);
@@ -81,14 +91,14 @@ extern const Kernels kernels_default;
 #ifdef PERL_KERNELS_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 // The widest table that this processor runs, no wider than PERL_KERNELS_CPU_CAPABILITY
-// (default, avx2 or avx512) when that is set.
+// (default, avx2, avx512 or avx512_bf16) when that is set.
 const Kernels& kernels();
 
-// What the processor has for bfloat16 products, where the environment allows AVX-512:
-bool has_bfloat16_vectors();   // AVX512-BF16: torch's own bfloat16 products are fast
-bool has_bfloat16_tiles();     // AMX: oneDNN's brgemm runs on bfloat16 panels
+// AMX: oneDNN's brgemm multiplies bfloat16 panels.
+bool has_bfloat16_tiles();
 
 }  // namespace perl_kernels::cpu

@@ -4,6 +4,10 @@
 // AVX-512 that the linker also gives to baseline code would crash on older processors.
 #include "kernels.h"
 
+#ifdef PERL_BFLOAT16
+#include <immintrin.h>  // every function in it is inlined always
+#endif
+
 namespace perl_kernels::cpu {
 namespace {
 
@@ -22,6 +26,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef float FloatsInMemory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t WordInMemory __attribute__((aligned(4), may_alias));
 typedef uint16_t HalvesInMemory __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 PERL_INLINE Floats load(const float* p) { return *reinterpret_cast<const FloatsInMemory*>(p); }
@@ -29,6 +34,9 @@ PERL_INLINE void store(float* p, Floats v) { *reinterpret_cast<FloatsInMemory*>(
 // minus zero is the identity for every float, so this is one broadcast
 PERL_INLINE Floats all(float value) { return value - Floats{}; }
 PERL_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+PERL_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+PERL_INLINE Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
 
 PERL_INLINE double sum_of(Floats v) {
   double sum = 0;
@@ -40,6 +48,19 @@ PERL_INLINE double sum_of(Floats v) {
 // Matrix product of packed operands
 // ------------------------------------------------------------------------------------------------
 
+// sums += row (one value everywhere) * column, of floats or of pairs of bfloat16.
+template <bool PAIRS>
+PERL_INLINE Floats add_product(Floats sum, const float* row, Floats column) {
+#ifdef PERL_BFLOAT16
+  if constexpr (PAIRS) {
+    const Words pair = *reinterpret_cast<const WordInMemory*>(row) + Words{};
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)column);
+  }
+#endif
+  return sum + all(*row) * column;
+}
+
+template <bool PAIRS>
 PERL_INLINE void multiply_panel(
     const float* rows, const float* next_rows, const float* columns, int64_t k, float* c,
     int64_t ldc, bool add) {
@@ -55,9 +76,8 @@ PERL_INLINE void multiply_panel(
     const Floats left = load(columns), right = load(columns + W);
 #pragma GCC unroll 12
     for (int64_t i = 0; i < ROW_PANEL; ++i) {
-      const Floats row = all(rows[i]);
-      sums[i][0] += row * left;
-      sums[i][1] += row * right;
+      sums[i][0] = add_product<PAIRS>(sums[i][0], rows + i, left);
+      sums[i][1] = add_product<PAIRS>(sums[i][1], rows + i, right);
     }
     rows += ROW_PANEL;
     columns += COLUMN_PANEL;
@@ -74,6 +94,7 @@ PERL_INLINE void multiply_panel(
   }
 }
 
+template <bool PAIRS>
 void multiply(
     const float* rows, int64_t row_panels, int64_t row_panel_stride,
     const float* columns, int64_t column_panels, int64_t column_panel_stride,
@@ -83,7 +104,7 @@ void multiply(
     const int64_t length = k - first < K_BLOCK ? k - first : K_BLOCK;
     for (int64_t j = 0; j < column_panels; ++j) {
       for (int64_t i = 0; i < row_panels; ++i) {
-        multiply_panel(
+        multiply_panel<PAIRS>(
             rows + i * row_panel_stride + first * ROW_PANEL,
             rows + (i + 1 < row_panels ? i + 1 : 0) * row_panel_stride + first * ROW_PANEL,
             columns + j * column_panel_stride + first * COLUMN_PANEL, length,
@@ -174,12 +195,21 @@ void interleave(const float* from, int64_t ld, int64_t width, int64_t n, float* 
   }
 }
 
+void zip(const uint16_t* even, const uint16_t* odd, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const Halves low = *reinterpret_cast<const HalvesInMemory*>(even + i);
+    const Halves high = *reinterpret_cast<const HalvesInMemory*>(odd + i);
+    store(to + i, (Floats)(widen(low) | (widen(high) << 16)));
+  }
+  for (; i < n; ++i) {
+    *reinterpret_cast<WordInMemory*>(to + i) = even[i] | (uint32_t{odd[i]} << 16);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------
 // Conversions: bfloat16 is the upper half of a float32; float16 is rebiased by powers of two
 // ------------------------------------------------------------------------------------------------
-
-PERL_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
-PERL_INLINE Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
 
 PERL_INLINE Floats from_bfloat16(Halves h) { return (Floats)(widen(h) << 16); }
 
@@ -473,9 +503,15 @@ void gradient(
 
 }  // namespace
 
+#ifdef PERL_BFLOAT16
+constexpr auto MULTIPLY_PAIRS = multiply<true>;
+#else
+constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
+#endif
+
 const Kernels PERL_TABLE = {
-    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply, outer, interleave, to_float, from_float,
-    accumulate, drop, transform, fold, fold_pair, gradient,
+    PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
+    to_float, from_float, accumulate, drop, transform, fold, fold_pair, gradient,
 };
 
 }  // namespace perl_kernels::cpu

@@ -36,7 +36,7 @@ Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
 // float32's. There, and for more than a few rows, tiles of weight are packed to float32 here.
 bool better_by_aten(const Tensor& x) {
   const bool native = x.scalar_type() == at::kFloat ||
-      (x.scalar_type() == at::kBFloat16 && has_bfloat16_vectors());
+      (x.scalar_type() == at::kBFloat16 && (kernels().multiply_pairs != nullptr || has_bfloat16_tiles()));
   return native || x.size(0) < 4;
 }
 

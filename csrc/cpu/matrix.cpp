@@ -26,6 +26,15 @@ Matrix::Matrix(const at::Tensor& tensor)
   TORCH_CHECK_VALUE(tensor.is_cpu(), "tensor is on ", tensor.device(), "; wanted cpu");
 }
 
+bool paired(const Matrix& m) {
+  return m.dtype == Dtype::bfloat16 && m.column_stride == 1 && m.columns % 2 == 0 &&
+      m.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.data) % 4 == 0;
+}
+
+Matrix pairs_of(const Matrix& m) {
+  return Matrix(reinterpret_cast<const float*>(m.data), m.rows, m.columns / 2, m.row_stride / 2);
+}
+
 Matrix Matrix::t() const {
   Matrix other = *this;
   std::swap(other.rows, other.columns);
@@ -110,8 +119,26 @@ void pack_along_p(
   }
 }
 
-
 }  // namespace
+
+void pack_pairs_of_rows(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
+    float* to, int64_t panel_stride) {
+  const Kernels& table = kernels();
+  const std::vector<uint16_t> zeros(width);
+  for (int64_t step = 0; step < k_count; step += 2) {
+    for (int64_t first = 0; first < p_count; first += width) {
+      const int64_t n = std::min(width, p_count - first);
+      auto row = [&](int64_t i) {
+        return i < k_count ? reinterpret_cast<const uint16_t*>(m.at(k + i, p + first))
+                           : zeros.data();
+      };
+      float* panel = to + first / width * panel_stride + step / 2 * width;
+      table.zip(row(step), row(step + 1), n, panel);
+      std::fill(panel + n, panel + width, 0.0f);
+    }
+  }
+}
 
 void pack(
     const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,

@@ -69,6 +69,19 @@ struct Matrix {
 
 Dtype dtype_of(const at::Tensor& tensor);
 
+// A view of bfloat16 whose columns can be read in pairs, as Kernels::multiply_pairs wants them.
+bool paired(const Matrix& m);
+
+// The same memory, a pair of bfloat16 as one float: its packed panels [K / 2][width] of floats are
+// panels of pairs, which is also how oneDNN's brgemm wants its right operand.
+Matrix pairs_of(const Matrix& m);
+
+// Packs a right operand in pairs whose inner dimension is m's rows: columns p .. p + p_count of m,
+// inner k .. k + k_count, panels [ceil(k_count / 2)][width]. m is bfloat16, contiguous in columns.
+void pack_pairs_of_rows(
+    const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
+    float* to, int64_t panel_stride);
+
 // Float scratch, aligned to a cache line; not initialized.
 class Buffer {
  public:
