@@ -290,7 +290,10 @@ def test_every_instruction_set(cap):
 def test_an_unknown_instruction_set_is_refused():
     found = run_capped("sse9", "-c", "import perl_kernels._library as l; l.cpu_capability()")
     assert found.startswith("1\n")
-    assert "PERL_KERNELS_CPU_CAPABILITY is 'sse9'; wanted default, avx2, avx512 or avx512_bf16" in found
+    assert (
+        "PERL_KERNELS_CPU_CAPABILITY is 'sse9'; wanted default, avx2, avx512 or avx512_bf16"
+        in found
+    )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -214,6 +214,9 @@ void zip(const uint16_t* even, const uint16_t* odd, int64_t n, float* to) {
 PERL_INLINE Floats from_bfloat16(Halves h) { return (Floats)(widen(h) << 16); }
 
 PERL_INLINE Halves to_bfloat16(Floats v) {
+#ifdef PERL_BFLOAT16
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#endif
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   return narrow(v != v ? (Words{} + 0x7FC0) : rounded);

@@ -103,19 +103,51 @@ struct PlainOperators {
 };
 
 struct Tile {
-  int64_t item, first, count;  // which projection; which of its outputs
+  int64_t item, first, count;  // which projection; which of its columns
 };
 
-std::vector<Tile> tiles_of(TensorList tensors, int64_t dim) {
-  std::vector<Tile> tiles;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t size = tensors[i].size(dim);
-    for (int64_t j = 0; j < size; j += TILE_COLUMNS) {
-      tiles.push_back({static_cast<int64_t>(i), j, std::min(TILE_COLUMNS, size - j)});
-    }
+// Even tiles of `size` columns.
+void add_tiles(int64_t item, int64_t size, std::vector<Tile>& tiles) {
+  const int64_t width = even_share(size, TILE_COLUMNS, kernels().column_panel);
+  for (int64_t j = 0; j < size; j += width) {
+    tiles.push_back({item, j, std::min(width, size - j)});
   }
-  return tiles;
 }
+
+// Rows of a group in even blocks. Panels of packed rows follow each other through all blocks.
+struct Blocks {
+  const int64_t rows, size, count;
+
+  explicit Blocks(int64_t rows)
+      : rows(rows), size(even_share(rows, TILE_ROWS, kernels().row_panel)),
+        count(ceil_div(rows, size)) {}
+  int64_t rows_of(int64_t block) const { return std::min(size, rows - block * size); }
+
+  // Calls work(first row, rows) for stretches of at most `size` rows that begin at a panel.
+  template <class Work>
+  void stretches(const Work& work) const {
+    const int64_t panel = kernels().row_panel;
+    at::parallel_for(0, ceil_div(rows, panel), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * panel; row < std::min(end * panel, rows); row += size) {
+        work(row, std::min({size, end * panel - row, rows - row}));
+      }
+    });
+  }
+
+  // Calls work(begin, end) on runs of (tile, block) items, numbered tile * count + block.
+  template <class Work>
+  void items(const std::vector<Tile>& tiles, const Work& work) const {
+    std::vector<int64_t> weights;
+    for (const Tile& tile : tiles) {
+      for (int64_t block = 0; block < count; ++block) {
+        weights.push_back(
+            round_up(tile.count, kernels().column_panel) *
+            round_up(rows_of(block), kernels().row_panel));
+      }
+    }
+    parallel_by_weight(weights, work);
+  }
+};
 
 // The wide products of one call, over D or O: float32 panels, or pairs of bfloat16 where the
 // processor multiplies those and the tensors can be read in pairs. The adapter's part is float32.
@@ -185,30 +217,24 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
   pack(
       wide.view(a_all), 0, R, 0, L, table.column_panel, a_packed.data(), L * table.column_panel);
 
-  const std::vector<Tile> tiles = tiles_of(weight, 0);
+  std::vector<Tile> tiles;
+  for (size_t i = 0; i < weight.size(); ++i) add_tiles(i, weight[i].size(0), tiles);
   const int64_t at_once = rows_at_once(N, K * sizeof(float), PACKED_BYTES);
   Buffer rows_packed(at_once * K);
   for (int64_t group = 0; group < N; group += at_once) {
-    const int64_t group_rows = std::min(at_once, N - group);
-    const int64_t blocks = ceil_div(group_rows, TILE_ROWS);
-    auto rows_of = [&](int64_t block) {
-      return std::min(TILE_ROWS, group_rows - block * TILE_ROWS);
-    };
+    const Blocks blocks(std::min(at_once, N - group));
 
     // s = dropout(x) a^T
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Buffer s_tile(TILE_ROWS * r_room), dropped_packed(dropout.active() ? TILE_ROWS * L : 0);
-      Tensor dropped_rows;
-      if (dropout.active()) dropped_rows = at::empty({TILE_ROWS, D}, x.options());
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
-        const int64_t stride = K * table.row_panel;
-        float* packed = rows_packed.data() + block * TILE_ROWS * K;
+    blocks.stretches([&](int64_t first, int64_t count) {
+        Buffer s_tile(TILE_ROWS * r_room), dropped_packed(dropout.active() ? TILE_ROWS * L : 0);
+        const int64_t row = group + first, stride = K * table.row_panel;
+        float* packed = rows_packed.data() + first * K;
         pack(x_view, row, count, 0, L, table.row_panel, packed, stride);
         const float* input = packed;
         int64_t input_stride = stride;
         if (dropout.active()) {
           input_stride = L * table.row_panel;
+          Tensor dropped_rows = at::empty({count, D}, x.options());
           drop_rows(Matrix(x), dropout, row, count, dropped_rows);
           pack(
               wide.view(dropped_rows), 0, count, 0, L, table.row_panel, dropped_packed.data(),
@@ -225,33 +251,31 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
         pack(
             Matrix(s_tile.data(), count, R, r_room), 0, count, 0, R, table.row_panel,
             packed + L * table.row_panel, stride);
-      }
     });
 
     // y_i = [x | s_i] [weight_i | scale_i b_i]^T + bias_i
-    const int64_t items = static_cast<int64_t>(tiles.size()) * blocks;
-    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    blocks.items(tiles, [&](int64_t begin, int64_t end) {
       Buffer columns_packed(TILE_COLUMNS * K), y_tile(TILE_ROWS * TILE_COLUMNS);
       Buffer bias_tile(TILE_COLUMNS);
       int64_t packed_tile = -1;
       for (int64_t item = begin; item < end; ++item) {
-        const auto [i, first, count] = tiles[item / blocks];
+        const auto [i, first, count] = tiles[item / blocks.count];
         const int64_t R_i = r[i + 1] - r[i];
         const int64_t stride = (L + R_i) * table.column_panel;
         float* columns = columns_packed.data();
         float* columns_s = columns + L * table.column_panel;
-        if (packed_tile != item / blocks) {
-          packed_tile = item / blocks;
+        if (packed_tile != item / blocks.count) {
+          packed_tile = item / blocks.count;
           pack(wide.view(weight[i]), first, count, 0, L, table.column_panel, columns, stride);
           pack(
               Matrix(b[i]).scaled(static_cast<float>(scale[i])), first, count, 0, R_i,
               table.column_panel, columns_s, stride);
           if (!bias.empty()) vector_to_float(bias[i], first, count, bias_tile.data());
         }
-        const int64_t block = item % blocks, rows = rows_of(block);
+        const int64_t block = item % blocks.count, rows = blocks.rows_of(block);
         const int64_t row_panels = ceil_div(rows, table.row_panel);
         const int64_t column_panels = ceil_div(count, table.column_panel);
-        const float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        const float* packed = rows_packed.data() + block * blocks.size * K;
         wide.multiply(
             packed, row_panels, K * table.row_panel, columns, column_panels, stride, D,
             y_tile.data(), TILE_COLUMNS, false);
@@ -264,7 +288,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
           }
         }
         store_tile(
-            y_tile.data(), TILE_COLUMNS, rows, count, y[i], group + block * TILE_ROWS, first);
+            y_tile.data(), TILE_COLUMNS, rows, count, y[i], group + block * blocks.size, first);
       }
     });
   }
@@ -302,22 +326,18 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   }
 
   const Tensor a_all = stacked(a);
-  const int64_t column_tiles = ceil_div(D, TILE_COLUMNS);
+  std::vector<Tile> tiles;
+  add_tiles(0, D, tiles);
   const int64_t at_once = rows_at_once(N, K * sizeof(float), PACKED_BYTES);
   Buffer rows_packed(at_once * K);
   for (int64_t group = 0; group < N; group += at_once) {
-    const int64_t group_rows = std::min(at_once, N - group);
-    const int64_t blocks = ceil_div(group_rows, TILE_ROWS);
+    const Blocks blocks(std::min(at_once, N - group));
     const int64_t row_stride = K * table.row_panel;
-    auto rows_of = [&](int64_t block) {
-      return std::min(TILE_ROWS, group_rows - block * TILE_ROWS);
-    };
 
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Buffer tile(TILE_ROWS * widest);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = group + block * TILE_ROWS, count = rows_of(block);
-        float* packed = rows_packed.data() + block * TILE_ROWS * K;
+    blocks.stretches([&](int64_t first, int64_t count) {
+        Buffer tile(TILE_ROWS * widest);
+        const int64_t row = group + first;
+        float* packed = rows_packed.data() + first * K;
         for (int64_t i = 0; i < n; ++i) {
           const int64_t O_i = weight[i].size(0), R_i = r[i + 1] - r[i], length = l[i + 1] - l[i];
           const int64_t panels = ceil_div(R_i, table.column_panel);
@@ -334,20 +354,18 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
         pack(
             Matrix(ds), row, count, 0, R, table.row_panel, packed + L * table.row_panel,
             row_stride);
-      }
     });
 
     if (!need_dx) continue;
     // dx = dropout'(ds a) + sum of dy_i weight_i
-    at::parallel_for(0, column_tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+    blocks.items(tiles, [&](int64_t begin, int64_t end) {
       Buffer columns(TILE_COLUMNS * K), tile(TILE_ROWS * TILE_COLUMNS);
       const int64_t stride = K * table.column_panel;
       int64_t packed_tile = -1;
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t first = item / blocks * TILE_COLUMNS;
-        const int64_t count = std::min(TILE_COLUMNS, D - first);
-        if (packed_tile != item / blocks) {
-          packed_tile = item / blocks;
+        const auto [_, first, count] = tiles[item / blocks.count];
+        if (packed_tile != item / blocks.count) {
+          packed_tile = item / blocks.count;
           for (int64_t i = 0; i < n; ++i) {
             wide.pack_columns(
                 weight[i], first, count, columns.data() + l[i] * table.column_panel, stride);
@@ -356,11 +374,11 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
               Matrix(a_all).t().scaled(dropout.gain()), first, count, 0, R, table.column_panel,
               columns.data() + L * table.column_panel, stride);
         }
-        const int64_t block = item % blocks, rows = rows_of(block);
-        const int64_t row = group + block * TILE_ROWS;
+        const int64_t block = item % blocks.count, rows = blocks.rows_of(block);
+        const int64_t row = group + block * blocks.size;
         const int64_t row_panels = ceil_div(rows, table.row_panel);
         const int64_t column_panels = ceil_div(count, table.column_panel);
-        const float* packed = rows_packed.data() + block * TILE_ROWS * K;
+        const float* packed = rows_packed.data() + block * blocks.size * K;
         table.multiply(
             packed + L * table.row_panel, row_panels, row_stride,
             columns.data() + L * table.column_panel, column_panels, stride, R, tile.data(),

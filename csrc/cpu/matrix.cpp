@@ -60,6 +60,14 @@ namespace {
 constexpr int64_t STRIP = 256;      // floats of one row converted at a time
 constexpr int64_t WIDEST_PANEL = 32;
 
+// Ask for `bytes` of a row that is soon to be read: rows of a tile are a page apart, where the
+// processor does not look ahead.
+void prefetch(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+constexpr int64_t ROWS_AHEAD = 12;
+
 // n elements of m from (p, k), going along k (or along p), as floats.
 void load_strip(const Matrix& m, int64_t p, int64_t k, bool along_k, int64_t n, float* to) {
   const Kernels& table = kernels();
@@ -79,8 +87,15 @@ void pack_along_k(
   const Kernels& table = kernels();
   constexpr int64_t LD = STRIP + 16;  // so that rows do not fall on the same cache sets
   alignas(64) float strips[WIDEST_PANEL * LD];
+  const bool plain = m.dtype == Dtype::float32 && m.column_stride == 1 && m.scale == 1.0f &&
+      m.dropout == nullptr;
   for (int64_t first = 0; first < p_count; first += width, to += panel_stride) {
     const int64_t present = std::min(width, p_count - first);
+    if (plain && present == width) {
+      const float* from = reinterpret_cast<const float*>(m.at(p + first, k));
+      table.interleave(from, m.row_stride, width, k_count, to);
+      continue;
+    }
     std::fill(strips + present * LD, strips + width * LD, 0.0f);
     for (int64_t step = 0; step < k_count; step += STRIP) {
       const int64_t n = std::min(STRIP, k_count - step);
@@ -101,6 +116,9 @@ void pack_along_p(
   const bool plain = m.dtype == Dtype::float32 && m.row_stride == 1 && m.scale == 1.0f &&
       m.dropout == nullptr;
   for (int64_t step = 0; step < k_count; ++step) {
+    if (m.row_stride == 1 && step + ROWS_AHEAD < k_count) {
+      prefetch(m.at(p, k + step + ROWS_AHEAD), p_count * m.element_size());
+    }
     for (int64_t first = 0; first < p_count; first += STRIP_PANELS * WIDTH) {
       const int64_t present = std::min(STRIP_PANELS * WIDTH, p_count - first);
       const int64_t panels = ceil_div(present, WIDTH);
@@ -127,6 +145,9 @@ void pack_pairs_of_rows(
   const Kernels& table = kernels();
   const std::vector<uint16_t> zeros(width);
   for (int64_t step = 0; step < k_count; step += 2) {
+    for (int64_t i = step + ROWS_AHEAD; i < std::min(step + ROWS_AHEAD + 2, k_count); ++i) {
+      prefetch(m.at(k + i, p), 2 * p_count);
+    }
     for (int64_t first = 0; first < p_count; first += width) {
       const int64_t n = std::min(width, p_count - first);
       auto row = [&](int64_t i) {
@@ -154,9 +175,12 @@ void pack(
 }
 
 void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out) {
-  constexpr int64_t C_TILE = 256, ROWS_PER_SUM = 120;
+  constexpr int64_t ROWS_PER_SUM = 120;
   const Kernels& table = kernels();
   const int64_t N = small.rows, R = small.columns, C = big.columns, width = table.row_panel;
+  // tiles of at most 256 columns, and as many for each thread
+  const int64_t threads = at::get_num_threads();
+  const int64_t C_TILE = even_share(ceil_div(C, threads), 256, table.column_panel);
   Buffer packed(round_up(N, width) * R);
   at::parallel_for(0, ceil_div(N, width), 64, [&](int64_t begin, int64_t end) {
     const int64_t row = begin * width;
@@ -182,6 +206,9 @@ void transposed_product(const Matrix& small, const Matrix& big, float alpha, at:
             ld = C_TILE;
             std::fill(strips.data(), strips.data() + width * C_TILE, 0.0f);
             for (int64_t i = 0; i < std::min(width, N - row); ++i) {
+              if (row + i + ROWS_AHEAD < N) {
+                prefetch(big.at(row + i + ROWS_AHEAD, column), columns * big.element_size());
+              }
               load_strip(big, row + i, column, true, columns, strips.data() + i * C_TILE);
             }
           }

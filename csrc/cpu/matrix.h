@@ -27,6 +27,11 @@ constexpr int64_t TILE_COLUMNS = 192;
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t d) { return ceil_div(n, d) * d; }
 
+// The size, a multiple of `unit`, of even shares of n that are no larger than `most`.
+inline int64_t even_share(int64_t n, int64_t most, int64_t unit) {
+  return std::max(unit, round_up(ceil_div(n, std::max<int64_t>(ceil_div(n, most), 1)), unit));
+}
+
 struct Dropout {
   double p = 0.0;
   uint64_t seed = 0;
@@ -110,6 +115,26 @@ void store_tile(
 
 // A vector as floats.
 void vector_to_float(const at::Tensor& vector, int64_t first, int64_t count, float* to);
+
+// Runs work(begin, end) on each thread's run of items 0 .. weights.size(), of even total weight.
+template <class Work>
+void parallel_by_weight(const std::vector<int64_t>& weights, const Work& work) {
+  std::vector<int64_t> before = {0};
+  for (int64_t weight : weights) before.push_back(before.back() + weight);
+  const int64_t threads = at::get_num_threads(), items = static_cast<int64_t>(weights.size());
+  // the first item whose middle is not before the thread's share
+  auto start_of = [&](int64_t thread) {
+    int64_t item = 0;
+    while (item < items && before[item] + before[item + 1] < 2 * before.back() * thread / threads) {
+      ++item;
+    }
+    return thread == threads ? items : item;
+  };
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = start_of(first), end = start_of(last);
+    if (begin < end) work(begin, end);
+  });
+}
 
 // How many rows to work on at once, at most max_bytes of packed operands, in even shares.
 int64_t rows_at_once(int64_t rows, int64_t bytes_per_row, int64_t max_bytes);
