@@ -4,7 +4,8 @@
 // Rows are packed once per group. Statistics: the vocabulary is cut into shares whose number does
 // not depend on the number of threads; each sweeps its tiles into a state per row, and the states
 // merge in order. Gradient: for one slab of the vocabulary at a time, dz of all rows of the group
-// is made tile by tile and packed at once as the left operand of dhidden += dz weight.
+// is made tile by tile and packed at once as the left operand of dhidden += dz weight. Both at once,
+// in one sweep, where only log p has a gradient: `head_log_prob`.
 //
 // Where the processor multiplies bfloat16 itself, its products stay bfloat16 with float32 sums: by
 // vectors (AVX512-BF16) here, by matrix tiles (AMX) through oneDNN; logits are float32 either way.
@@ -145,8 +146,11 @@ class TileMaker {
 
   // Raw logits of one block of `count` rows, with stride TILE_COLUMNS.
   float* logits(Rows& rows, int64_t block, int64_t count) {
-    rows.multiply(block, count, columns_.data(), count_, z_.data());
+    logits(rows, block, count, z_.data());
     return z_.data();
+  }
+  void logits(Rows& rows, int64_t block, int64_t count, float* z) {
+    rows.multiply(block, count, columns_.data(), count_, z);
   }
   float* ref_logits(Rows& rows, int64_t block, int64_t count) {
     rows.multiply(block, count, columns_.data(), count_, zq_.data());
@@ -479,11 +483,170 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
   return {dhidden, dweight, dbias};
 }
 
+// One sweep for log p and its gradient. A slab's logits are kept until their largest is known;
+// then dhidden collects e^(z-m) weight without the target's column, which would cancel most of
+// d log p where p is near 1:
+//
+//     d log p / d hidden = slope_t (1 - p_t) weight[t] - sum over j != t of p_j slope_j weight[j]
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
+    const Tensor& hidden,              // (N, H)
+    const Tensor& weight,              // (V, H)
+    const OptionalTensor& bias,        // (V,)
+    const Tensor& target,              // (N,)
+    const OptionalTensor& d_log_prob,  // (N,)
+    double temperature, double softcap, int64_t ignore_index) {
+  constexpr int64_t SLAB_TILES = SLAB / TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
+  const Kernels& table = kernels();
+  const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
+  const Targets targets(target, ignore_index);
+  Head head(weight, bias, hidden, OptionalTensor());
+  const int64_t N = hidden.size(0), V = head.V(), H = head.H();
+  Stats out(hidden, N, true, false);
+  Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
+  Tensor incoming;
+  if (d_log_prob.has_value()) incoming = d_log_prob->to(at::kFloat).contiguous();
+
+  const int64_t at_once = N == 0 ? 0 : std::min(head.rows_at_once(N), round_up(N, TILE_ROWS));
+  Rows rows(head, head.hidden, at_once);
+  GradientRowsOfSlab dz_rows(head, at_once);
+  Buffer z_slab(at_once * SLAB), sum(at_once * H);
+  std::vector<float> most(SLAB_TILES * at_once);
+  std::vector<double> sums(SLAB_TILES * at_once * 2);
+
+  for (int64_t group = 0; group < N; group += at_once) {
+    const int64_t count = std::min(at_once, N - group), blocks = ceil_div(count, TILE_ROWS);
+    auto rows_of = [&](int64_t block) { return std::min(TILE_ROWS, count - block * TILE_ROWS); };
+    std::vector<RowState> states(count);
+    rows.take(group, count);
+
+    for (int64_t slab = 0; slab < V; slab += SLAB) {
+      const int64_t width = std::min(SLAB, V - slab), tiles = ceil_div(width, TILE_COLUMNS);
+      auto columns_of = [&](int64_t tile) {
+        return std::min(TILE_COLUMNS, width - tile * TILE_COLUMNS);
+      };
+      auto tile_of = [&](int64_t tile, int64_t block) {
+        return z_slab.data() + (tile * blocks + block) * TILE;
+      };
+
+      // logits, and the largest of each row in each tile
+      at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        TileMaker maker(head);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t tile = item / blocks, block = item % blocks;
+          const int64_t first = slab + tile * TILE_COLUMNS, n = columns_of(tile);
+          float* z = tile_of(tile, block);
+          maker.choose(first, n);
+          maker.logits(rows, block, rows_of(block), z);
+          for (int64_t i = 0; i < rows_of(block); ++i) {
+            most[tile * at_once + block * TILE_ROWS + i] = table.transform(
+                z + i * TILE_COLUMNS, head.has_bias ? head.bias.data() + first : nullptr, n,
+                options.temperature, options.softcap);
+          }
+        }
+      });
+
+      // what was summed so far moves to the new maxima
+      at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          RowState& state = states[row];
+          double m = state.m;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            m = std::max(m, double{most[tile * at_once + row]});
+          }
+          if (slab > 0 && m > state.m) {
+            const float shrink = static_cast<float>(std::exp(state.m - m));
+            for (int64_t h = 0; h < H; ++h) sum.data()[row * H + h] *= shrink;
+          }
+          state.move_to(m, state.mq);
+        }
+      });
+
+      // e^(z-m), folded and packed
+      at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t tile = item / blocks, block = item % blocks, n = columns_of(tile);
+          const int64_t first = slab + tile * TILE_COLUMNS;
+          float* z = tile_of(tile, block);
+          for (int64_t i = 0; i < rows_of(block); ++i) {
+            const int64_t row = block * TILE_ROWS + i;
+            const int64_t column = targets[group + row] - first;
+            float* z_row = z + i * TILE_COLUMNS;
+            const bool inside = column >= 0 && column < n;
+            if (inside) states[row].t = z_row[column];
+            table.weigh(
+                z_row, n, static_cast<float>(states[row].m), options.temperature,
+                options.softcap, &sums[(tile * at_once + row) * 2]);
+            if (inside) z_row[column] = 0.0f;
+          }
+          dz_rows.put(block, z, rows_of(block), tile * TILE_COLUMNS, n);
+        }
+      });
+      for (int64_t row = 0; row < count; ++row) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          states[row].l += sums[(tile * at_once + row) * 2];
+          states[row].u += sums[(tile * at_once + row) * 2 + 1];
+        }
+      }
+
+      // sum += e^(z-m) weight
+      const int64_t h_tiles = ceil_div(H, TILE_COLUMNS);
+      at::parallel_for(0, h_tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE);
+        int64_t packed = -1;
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t h = item / blocks * TILE_COLUMNS, block = item % blocks;
+          const int64_t n = std::min(TILE_COLUMNS, H - h);
+          if (packed != h) {
+            packed = h;
+            dz_rows.pack_weight(slab, width, h, n, columns.data());
+          }
+          dz_rows.multiply(block, rows_of(block), width, columns.data(), n, tile.data());
+          put_tile(
+              tile.data(), rows_of(block), n, slab > 0,
+              sum.data() + block * TILE_ROWS * H + h, H);
+        }
+        if (head.products == Products::tiles) at::native::cpublas::brgemm_release();
+      });
+    }
+
+    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      Buffer class_row(H);
+      for (int64_t row = begin; row < end; ++row) {
+        const RowState& state = states[row];
+        const bool counted = targets.counted(group + row);
+        out.write(group + row, state, counted);
+        float* values = sum.data() + row * H;
+        const int64_t column = targets[group + row];
+        if (!counted) {
+          std::fill(values, values + H, 0.0f);
+        } else {
+          const double capped = softcap > 0 ? state.t * temperature / softcap : 0.0;
+          const double others = state.l - std::exp(state.t - state.m);
+          const double incoming_row =
+              incoming.defined() ? incoming.const_data_ptr<float>()[group + row] : 1.0;
+          const float pull = static_cast<float>(
+              incoming_row * (1.0 - capped * capped) / temperature * others / state.l);
+          const float push = static_cast<float>(incoming_row / state.l);
+          table.to_float(
+              head.weight.at(column, 0), head.weight.dtype, head.weight.column_stride, H,
+              class_row.data());
+          for (int64_t h = 0; h < H; ++h) {
+            values[h] = pull * class_row.data()[h] - push * values[h];
+          }
+        }
+        store_tile(values, H, 1, H, dhidden, group + row, 0);
+      }
+    });
+  }
+  return {out.log_prob, out.peak, out.log_sum, out.entropy, dhidden};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(perl_kernels, CPU, m) {
   m.impl("head_stats_cpu", head_stats);
   m.impl("head_grad_cpu", head_grad);
+  m.impl("head_log_prob_cpu", head_log_prob);
 }
 
 }  // namespace perl_kernels::cpu

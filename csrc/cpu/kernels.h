@@ -80,6 +80,10 @@ struct Kernels {
   void (*fold_pair)(
       const float* z, const float* zq, int64_t n, float m, float mq, double* sums);
 
+  // sums as in fold; z becomes e^(z-m) dz / d raw, the room after n 0.
+  void (*weigh)(
+      float* z, int64_t n, float m, float temperature, float softcap, double* sums);
+
   // z becomes d loss / d raw of its row; target is the index of the row's class or -1. zq may be
   // null when d_kl is 0. The room after n becomes 0.
   void (*gradient)(

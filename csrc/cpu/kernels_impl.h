@@ -464,6 +464,33 @@ void fold_pair(const float* z, const float* zq, int64_t n, float m, float mq, do
   sums[3] = sum_of(d);
 }
 
+template <bool SOFTCAP>
+PERL_INLINE Floats slope(Floats logit, float temperature, float softcap) {
+  if (!SOFTCAP) return all(1.0f / temperature);
+  const Floats capped = logit * (temperature / softcap);
+  return logit > -INFINITE ? (1.0f - capped * capped) / temperature : Floats{};
+}
+
+template <bool SOFTCAP>
+void weigh_row(
+    float* z, int64_t n, float m, float temperature, float softcap, double* sums) {
+  Floats l = {}, u = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats logit = load(z + i), centred = logit - m;
+    const Floats e = exp(centred);
+    l += e;
+    u += e * (e > 0.0f ? centred : Floats{});
+    store(z + i, e * slope<SOFTCAP>(logit, temperature, softcap));
+  }
+  sums[0] = sum_of(l);
+  sums[1] = sum_of(u);
+}
+
+void weigh(float* z, int64_t n, float m, float temperature, float softcap, double* sums) {
+  for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
+  (softcap > 0.0f ? weigh_row<true> : weigh_row<false>)(z, n, m, temperature, softcap, sums);
+}
+
 // d_log_prob ([j = target] - p) - d_entropy p (log p + entropy) + d_kl p (z - zq - gap),
 // times dz / d raw = (1 - (z temperature / softcap)^2) / temperature
 template <bool ENTROPY, bool KL, bool SOFTCAP>
@@ -475,16 +502,12 @@ void gradient_row(
     Floats log_p = (logit - row.peak) - row.log_sum;
     const Floats p = exp(log_p);
     log_p = p > 0.0f ? log_p : Floats{};
-    Floats slope = all(-row.d_log_prob);
-    if (ENTROPY) slope -= row.d_entropy * (log_p + row.entropy);
-    if (KL) slope += row.d_kl * (p > 0.0f ? logit - load(zq + i) - row.gap : Floats{});
-    Floats dz = p * slope;
+    Floats weight = all(-row.d_log_prob);
+    if (ENTROPY) weight -= row.d_entropy * (log_p + row.entropy);
+    if (KL) weight += row.d_kl * (p > 0.0f ? logit - load(zq + i) - row.gap : Floats{});
+    Floats dz = p * weight;
     if (target >= i && target < i + W) dz[target - i] += row.d_log_prob;
-    if (SOFTCAP) {
-      const Floats capped = logit * (temperature / softcap);
-      dz *= logit > -INFINITE ? 1.0f - capped * capped : Floats{};
-    }
-    store(z + i, dz / temperature);
+    store(z + i, dz * slope<SOFTCAP>(logit, temperature, softcap));
   }
 }
 
@@ -514,7 +537,7 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
-    to_float, from_float, accumulate, drop, transform, fold, fold_pair, gradient,
+    to_float, from_float, accumulate, drop, transform, fold, fold_pair, weigh, gradient,
 };
 
 }  // namespace perl_kernels::cpu

@@ -52,8 +52,6 @@ struct RowState {
     d += other.d;
   }
 
-
- private:
   // Make every sum relative to new maxima.
   void move_to(double most, double most_q) {
     if (most == m && most_q == mq) return;

@@ -14,9 +14,12 @@ gradients of log_prob, entropy and kl, is
               + d_kl p_j ((z - z_ref)_j - E_p[z - z_ref])
     dhidden = dz weight        dweight = dz^T hidden (only when weight requires grad)
 
-Saved for backward: hidden, and four numbers a row (the largest logit, log of the sum, entropy, and
-with a reference E_p[z - z_ref]); the sweep is repeated in backward. policy_loss knows its
-coefficients before the loss, makes dhidden in the forward call and saves only that.
+linear_log_prob over a frozen head makes d log p / d hidden in the forward sweep and saves it, the
+size of hidden: backward is then a factor per row. With a trained head, in linear_kl, and for a
+gradient through the entropy, saved are hidden and four numbers a row (the largest logit, log of the
+sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is repeated in backward.
+policy_loss knows its coefficients before the loss, makes dhidden in the forward call and saves only
+that.
 
 Rows whose target is ignore_index give 0 everywhere and no gradient.
 """
@@ -89,7 +92,12 @@ def linear_log_prob(
     hidden, weight, bias, _, flat_target, lead = _flatten(
         hidden, weight, bias, None, target, temperature, softcap
     )
-    log_prob, _, _, entropy, *_ = torch.ops.perl_kernels.head_stats(
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    op = torch.ops.perl_kernels.head_stats
+    if learns and frozen:
+        op = torch.ops.perl_kernels.head_log_prob
+    log_prob, _, _, entropy, *_ = op(
         hidden, weight, bias, flat_target, None, temperature, softcap or 0.0, ignore_index
     )
     if return_entropy:

@@ -1,8 +1,10 @@
 """The head in the dispatcher: schema, fake, backends, autograd.
 
-Three ops: `head_stats` (a sweep over the vocabulary that writes a few numbers a row), `head_grad`
-(a second sweep that turns per-row incoming gradients into dhidden, and dweight when asked) and
-`policy_loss` (both, with the loss's own coefficients, in one forward). softcap 0 means none.
+`head_stats` is a sweep over the vocabulary that writes a few numbers a row; `head_grad` a second
+one that turns per-row incoming gradients into dhidden, and dweight when asked; `head_log_prob` both
+at once for a frozen head of which only log p has a gradient, since d log p / d hidden needs only a
+factor per row afterwards; `policy_loss` the loss and its gradient in one forward. softcap 0 means
+none.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ define(
     " -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 define(
+    "head_log_prob(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? d_log_prob,"
+    " float temperature, float softcap, int ignore_index)"
+    " -> (Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor dhidden)"
+)
+define(
     "policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor advantage,"
     " Tensor? ref_hidden, float kl_coef, float temperature, float softcap, int ignore_index,"
     " bool mean, bool need_dhidden, bool need_dweight, bool need_dbias)"
@@ -47,6 +54,7 @@ define(
 )
 define_compiled("head_stats", "cpu")
 define_compiled("head_grad", "cpu")
+define_compiled("head_log_prob", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,6 +78,11 @@ def _empty_grads(hidden, weight, bias, need_dhidden, need_dweight, need_dbias):
 
 def _fake_grad(hidden, weight, bias, *rest):
     return _empty_grads(hidden, weight, bias, *rest[-3:])
+
+
+def _fake_log_prob(hidden, weight, bias, target, *rest):
+    stats = empty_stats(hidden, hidden.shape[0], True, False)
+    return (*stats[:4], hidden.new_empty(hidden.shape))
 
 
 def _fake_policy_loss(hidden, weight, bias, target, advantage, ref_hidden, *rest):
@@ -108,6 +121,24 @@ def _grad(*arguments):
 
         return kernels.grad(*arguments)
     return _grad_torch(*arguments)
+
+
+def _log_prob(hidden, weight, bias, target, d_log_prob, temperature, softcap, ignore_index):
+    """d_log_prob None: 1 for every row."""
+    options = (temperature, softcap, ignore_index)
+    check_targets(target, weight.shape[0], ignore_index)
+    if backend_of(hidden) == "cpu":
+        return torch.ops.perl_kernels.head_log_prob_cpu(
+            hidden, weight, bias, target, d_log_prob, *options
+        )
+    stats = Stats(*_stats(hidden, weight, bias, target, None, *options))
+    if d_log_prob is None:
+        d_log_prob = torch.ones_like(stats.log_prob)
+    dhidden, _, _ = _grad(
+        hidden, weight, bias, target, None, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+        d_log_prob, None, None, *options, True, False, False,
+    )  # fmt: skip
+    return (*stats[:4], dhidden)
 
 
 def _tiles(total: int, size: int) -> list[slice]:
@@ -178,17 +209,22 @@ def _policy_loss(
 ):  # fmt: skip
     shared = (hidden, weight, bias, target, ref_hidden)
     options = (temperature, softcap, ignore_index)
-    stats = Stats(*torch.ops.perl_kernels.head_stats(*shared, *options))
-    counted = target != ignore_index
-    share = counted.to(stats.peak.dtype)
+    share = (target != ignore_index).to(statistics_dtype(hidden.dtype))
     if mean:
         share = share / share.sum().clamp(min=1)
     d_log_prob = -share * advantage
+    grads = _empty_grads(hidden, weight, bias, False, False, False)
+    if ref_hidden is None and need_dhidden and not (need_dweight or need_dbias):
+        log_prob, _, _, entropy, dhidden = torch.ops.perl_kernels.head_log_prob(
+            hidden, weight, bias, target, d_log_prob, *options
+        )
+        loss = (d_log_prob * log_prob).sum()
+        return (loss, log_prob, log_prob.new_empty(0), entropy, dhidden, *grads[1:])
+    stats = Stats(*torch.ops.perl_kernels.head_stats(*shared, *options))
     d_kl = kl_coef * share if ref_hidden is not None else None
     loss = (d_log_prob * stats.log_prob).sum()
     if d_kl is not None:
         loss = loss + (d_kl * stats.kl).sum()
-    grads = _empty_grads(hidden, weight, bias, False, False, False)
     if need_dhidden or need_dweight or need_dbias:
         grads = torch.ops.perl_kernels.head_grad(
             *shared, stats.peak, stats.log_sum, stats.entropy, stats.gap,
@@ -231,6 +267,28 @@ def _stats_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _ref_log_prob, 
     return (*wanted, None, None, None, None, None)
 
 
+def _log_prob_setup(ctx, inputs, output):
+    hidden, weight, bias, target, _, *ctx.options = inputs
+    _, peak, log_sum, entropy, dhidden = output
+    ctx.mark_non_differentiable(peak, log_sum, dhidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, peak, log_sum, entropy, dhidden)
+
+
+def _log_prob_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _dhidden):
+    *inputs, target, peak, log_sum, entropy, unit = ctx.saved_tensors
+    nothing = (None,) * 7
+    if d_entropy is not None:
+        dhidden, _, _ = torch.ops.perl_kernels.head_grad(
+            *inputs, target, None, peak, log_sum, entropy, peak.new_empty(0),
+            d_log_prob, d_entropy, None, *ctx.options, True, False, False,
+        )  # fmt: skip
+        return (dhidden, *nothing)
+    if d_log_prob is None:
+        return (None, *nothing)
+    return ((unit * d_log_prob[:, None]).to(unit.dtype), *nothing)
+
+
 def _policy_setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     _, log_prob, kl, entropy, *grads = output
@@ -252,4 +310,5 @@ def _policy_backward(ctx, d_loss, *_):
 
 implement("head_stats", _stats, _fake_stats, _stats_setup, _stats_backward)
 implement("head_grad", _grad, _fake_grad)
+implement("head_log_prob", _log_prob, _fake_log_prob, _log_prob_setup, _log_prob_backward)
 implement("policy_loss", _policy_loss, _fake_policy_loss, _policy_setup, _policy_backward)
