@@ -45,7 +45,7 @@ class Recipe:
     pretrain_lr: float = 4e-3
     sft_lr: tuple[float, float] = (5e-3, 1e-3)
     reward_lr: tuple[float, float] = (2e-3, 1e-3)
-    reinforce_lr: tuple[float, float] = (1e-3, 3e-4)
+    reinforce_lr: tuple[float, float] = (1.5e-3, 3e-4)
     beta: float = 0.4  # more than the paper's 0.05: a small reward model is soon outwitted
 
 

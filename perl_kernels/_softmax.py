@@ -64,14 +64,14 @@ def empty_stats(like: Tensor, rows: int, has_target: bool, has_ref: bool) -> Sta
 def transform(raw: Tensor, temperature: float, softcap: float) -> Tensor:
     """z = softcap * tanh(raw / softcap) / temperature; softcap 0 means none."""
     if softcap > 0.0:
-        raw = softcap * torch.tanh(raw / softcap)
+        return torch.tanh(raw / softcap) * (softcap / temperature)
     return raw / temperature
 
 
 def transform_slope(z: Tensor, temperature: float, softcap: float) -> Tensor | float:
     """dz / draw, from z."""
     if softcap > 0.0:
-        return (1.0 - (z * (temperature / softcap)).square()) / temperature
+        return (1.0 - (z / (softcap / temperature)).square()) / temperature  # the tanh again
     return 1.0 / temperature
 
 

@@ -348,6 +348,9 @@ def everything():
     found += ops.head_grad_cpu(
         hidden, head, None, target, ref_hidden, *saved, *c, 1.0, 0.0, -100, True, True, True
     )
+    for dtype in (torch.float32, torch.bfloat16):
+        frozen = (hidden.to(dtype), head.to(dtype))
+        found += ops.head_log_prob_cpu(*frozen, None, target, c[0], 1.0, 0.0, -100)
     logits, ref_logits = hidden @ head.T, ref_hidden @ head.T
     found += ops.logits_stats_cpu(logits, target, ref_logits, 1.0, 0.0, -100)
     found.append(ops.logits_grad_cpu(logits, target, ref_logits, *saved, *c, 1.0, 0.0, -100))
@@ -363,15 +366,24 @@ def test_bits_repeat_and_do_not_depend_on_the_threads():
             assert one.numel() and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype):
+def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype, learns):
+    """Nor does its gradient, where there is one."""
     n, h, v = 307, 72, 3001
     hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype)
     target = torch.randint(0, v, (n,))
-    whole = torch.stack(pk.linear_log_prob(hidden, weight, target, return_entropy=True))
+
+    def of(rows):
+        leaf = hidden[rows].detach().requires_grad_(learns)
+        found = pk.linear_log_prob(leaf, weight, target[rows], return_entropy=True)
+        gradient = torch.autograd.grad(found[0].sum(), leaf)[0] if learns else leaf
+        return torch.stack([t.detach() for t in found]), gradient
+
+    whole, gradient = of(slice(None))
     for rows in (slice(0, 1), slice(5, 12), slice(119, 241), slice(306, 307)):
-        part = pk.linear_log_prob(hidden[rows], weight, target[rows], return_entropy=True)
-        assert torch.equal(torch.stack(part), whole[:, rows])
+        part, part_gradient = of(rows)
+        assert torch.equal(part, whole[:, rows]) and torch.equal(part_gradient, gradient[rows])
 
 
 # ------------------------------------------------------------------------------------------------

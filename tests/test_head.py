@@ -95,6 +95,51 @@ def test_kl(backend, sizes, options, dtype):
     compare(ours, theirs, exact, dtype, kl=(2 * exact["kl"].mean().item()) ** 0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sure", [False, True], ids=["", "sure"])
+def test_gradient_of_log_prob_over_a_frozen_head(backend, sizes, options, dtype, sure):
+    """Made in the forward sweep. `sure`: the likeliest class is the target and p is near 1, where
+    weight[target] - E_p[weight] would cancel. (A softcap keeps p from 1.)"""
+    n, _, v = sizes
+    spread = 8.0 if sure and "softcap" not in options else 2.0
+
+    def run(function, tensors, target, incoming):
+        log_prob, _ = function(**tensors, target=target, **options)
+        return gradients((log_prob,), (incoming,), tensors)
+
+    def sample():
+        tensors = make(*sizes, dtype, bias=bool(options), spread=spread)
+        target = make_target(n, v, ignored=not sure)
+        if sure:
+            z = tensors["hidden"].detach().double() @ tensors["weight"].double().T
+            target = (z if tensors["bias"] is None else z + tensors["bias"].double()).argmax(1)
+        rest = target, torch.randn(n)
+        return (
+            run(lambda **k: pk.linear_log_prob(**k, return_entropy=True), tensors, *rest),
+            run(reference.linear_log_prob, tensors, *rest),
+            run(reference.linear_log_prob, doubled(tensors), *rest),
+        )
+
+    compare(*gathered(sample, n), dtype)
+
+
+def test_gradients_of_log_prob_and_entropy_over_a_frozen_head(backend):
+    tensors, target = make(9, 12, 301, torch.float32), make_target(9, 301)
+    incoming = (torch.randn(9), torch.randn(9))
+
+    def run(function, tensors, **more):
+        return gradients(function(**tensors, target=target, **more), incoming, tensors)
+
+    compare(
+        run(pk.linear_log_prob, tensors, return_entropy=True),
+        run(reference.linear_log_prob, tensors),
+        run(reference.linear_log_prob, doubled(tensors)),
+        torch.float32,
+    )
+
+
 def test_kl_gives_the_log_probs_of_both_sides(backend):
     tensors = make(9, 12, 301, torch.float32)
     ref_hidden = torch.randn(9, 12)
@@ -302,6 +347,10 @@ def test_opcheck(backend):
     torch.library.opcheck(
         ops.head_stats.default, (hidden, frozen, None, None, ref_hidden, 1.0, 0.0, -100)
     )
+    for d_log_prob in (None, torch.randn(5)):
+        torch.library.opcheck(
+            ops.head_log_prob.default, (hidden, frozen, None, target, d_log_prob, 0.9, 4.0, -100)
+        )
     advantage = torch.randn(5)
     for ref, need_head in ((None, True), (ref_hidden, False)):
         torch.library.opcheck(

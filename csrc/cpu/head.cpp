@@ -620,7 +620,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
         if (!counted) {
           std::fill(values, values + H, 0.0f);
         } else {
-          const double capped = softcap > 0 ? state.t * temperature / softcap : 0.0;
+          const double capped = softcap > 0 ? state.t / (softcap / temperature) : 0.0;
           const double others = state.l - std::exp(state.t - state.m);
           const double incoming_row =
               incoming.defined() ? incoming.const_data_ptr<float>()[group + row] : 1.0;

@@ -421,8 +421,11 @@ float transform(float* z, const float* bias, int64_t n, float temperature, float
   Floats most = all(LOWEST);
   for (int64_t i = 0; i < n; i += W) {
     Floats v = load(z + i);
-    if (softcap > 0.0f) v = softcap * tanh(v / softcap);
-    if (temperature != 1.0f) v = v / temperature;
+    if (softcap > 0.0f) {
+      v = tanh(v / softcap) * (softcap / temperature);
+    } else if (temperature != 1.0f) {
+      v = v / temperature;
+    }
     store(z + i, v);
     if (i + W <= n) most = larger(v, most);
   }
@@ -467,7 +470,7 @@ void fold_pair(const float* z, const float* zq, int64_t n, float m, float mq, do
 template <bool SOFTCAP>
 PERL_INLINE Floats slope(Floats logit, float temperature, float softcap) {
   if (!SOFTCAP) return all(1.0f / temperature);
-  const Floats capped = logit * (temperature / softcap);
+  const Floats capped = logit / (softcap / temperature);  // the tanh again, to a rounding
   return logit > -INFINITE ? (1.0f - capped * capped) / temperature : Floats{};
 }
 
