@@ -93,6 +93,9 @@ void pack_along_k(
     const int64_t present = std::min(width, p_count - first);
     if (plain && present == width) {
       const float* from = reinterpret_cast<const float*>(m.at(p + first, k));
+      for (int64_t i = 0; i < std::min(width, p_count - first - width); ++i) {
+        prefetch(from + (width + i) * m.row_stride, 4 * k_count);  // the next panel
+      }
       table.interleave(from, m.row_stride, width, k_count, to);
       continue;
     }
