@@ -372,10 +372,17 @@ def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_the_readme_agrees_with_the_committed_results():
-    readme = _results.FOLDER.parents[1] / "README.md"
-    assert "<!-- results:" in readme.read_text()
-    assert report.main(["--check", str(readme)]) == 0
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
+def test_the_papers_agree_with_the_committed_results(name):
+    paper = _results.FOLDER.parents[1] / name
+    assert "<!-- results:" in paper.read_text()
+    assert report.main(["--check", str(paper)]) == 0
+
+
+def test_every_committed_result_is_shown():
+    shown = (_results.FOLDER / "README.md").read_text()
+    for path in _results.FOLDER.glob("*.json"):
+        assert f"<!-- results:{path.stem} -->" in shown
 
 
 def test_the_figure_has_a_mark_for_each_contestant(tmp_path):
