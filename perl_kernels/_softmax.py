@@ -68,10 +68,10 @@ def transform(raw: Tensor, temperature: float, softcap: float) -> Tensor:
     return raw / temperature
 
 
-def transform_slope(z: Tensor, temperature: float, softcap: float) -> Tensor | float:
-    """dz / draw, from z."""
+def transform_slope(raw: Tensor, temperature: float, softcap: float) -> Tensor | float:
+    """dz / draw."""
     if softcap > 0.0:
-        return (1.0 - (z / (softcap / temperature)).square()) / temperature  # the tanh again
+        return (1.0 - torch.tanh(raw / softcap).square()) / temperature
     return 1.0 / temperature
 
 

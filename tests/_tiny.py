@@ -54,7 +54,7 @@ def tiny_model(family: str = "llama", seed: int = 0, *, scalar: bool = False, **
             if parameter.dim() == 2:
                 parameter.mul_(4.0)
             if name.endswith("bias"):
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.05)
         if not (scalar or config.tie_word_embeddings):  # and a wide head lets a policy be sure
             model.get_output_embeddings().weight.mul_(4.0)
     return model.eval()

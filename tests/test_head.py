@@ -65,7 +65,7 @@ def test_log_prob_and_entropy(backend, sizes, options, dtype):
             run(reference.linear_log_prob, doubled(tensors), *rest),
         )
 
-    compare(*gathered(sample, n), dtype)
+    compare(*gathered(sample, min(n, v)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,16 +95,13 @@ def test_kl(backend, sizes, options, dtype):
     compare(ours, theirs, exact, dtype, kl=(2 * exact["kl"].mean().item()) ** 0.5)
 
 
-# sure: the likeliest class is the target and p is near 1, where weight[target] - E_p[weight] would
-# cancel. A softcap keeps p from 1.
-SURE = [(options, False) for options in OPTIONS] + [(options, True) for options in OPTIONS[:2]]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("options", "sure"), SURE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sure", [False, True], ids=["", "sure"])
 def test_gradient_of_log_prob_over_a_frozen_head(backend, sizes, options, dtype, sure):
-    """Made in the forward sweep."""
+    """Made in the forward sweep. `sure`: the likeliest class is the target and p is near 1, where
+    weight[target] - E_p[weight] would cancel; or its logit lies deep in the softcap."""
     n, _, v = sizes
 
     def run(function, tensors, target, incoming):
@@ -124,7 +121,7 @@ def test_gradient_of_log_prob_over_a_frozen_head(backend, sizes, options, dtype,
             run(reference.linear_log_prob, doubled(tensors), *rest),
         )
 
-    compare(*gathered(sample, n), dtype)
+    compare(*gathered(sample, min(n, v)), dtype)
 
 
 def test_gradients_of_log_prob_and_entropy_over_a_frozen_head(backend):

@@ -499,6 +499,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
   const Kernels& table = kernels();
   const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
   const Targets targets(target, ignore_index);
+  const float unit = logit_unit(options.temperature, options.softcap);
   Head head(weight, bias, hidden, OptionalTensor());
   const int64_t N = hidden.size(0), V = head.V(), H = head.H();
   Stats out(hidden, N, true, false);
@@ -517,6 +518,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
     const int64_t count = std::min(at_once, N - group), blocks = ceil_div(count, TILE_ROWS);
     auto rows_of = [&](int64_t block) { return std::min(TILE_ROWS, count - block * TILE_ROWS); };
     std::vector<RowState> states(count);
+    std::vector<float> kept(count);  // the target's logit as `transform` left it
     rows.take(group, count);
 
     for (int64_t slab = 0; slab < V; slab += SLAB) {
@@ -572,7 +574,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
             const int64_t column = targets[group + row] - first;
             float* z_row = z + i * TILE_COLUMNS;
             const bool inside = column >= 0 && column < n;
-            if (inside) states[row].t = z_row[column];
+            if (inside) kept[row] = z_row[column];
             table.weigh(
                 z_row, n, static_cast<float>(states[row].m), options.temperature,
                 options.softcap, &sums[(tile * at_once + row) * 2]);
@@ -612,15 +614,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       Buffer class_row(H);
       for (int64_t row = begin; row < end; ++row) {
-        const RowState& state = states[row];
+        RowState& state = states[row];
         const bool counted = targets.counted(group + row);
+        state.t = kept[row] * unit;
         out.write(group + row, state, counted);
         float* values = sum.data() + row * H;
         const int64_t column = targets[group + row];
         if (!counted) {
           std::fill(values, values + H, 0.0f);
         } else {
-          const double capped = softcap > 0 ? state.t / (softcap / temperature) : 0.0;
+          const double capped = softcap > 0 ? kept[row] : 0.0;
           const double others = state.l - std::exp(state.t - state.m);
           const double incoming_row =
               incoming.defined() ? incoming.const_data_ptr<float>()[group + row] : 1.0;

@@ -69,16 +69,17 @@ struct Kernels {
 
   // The rows below hold n valid floats in room for n rounded up to 16.
 
-  // z = softcap * tanh((raw + bias) / softcap) / temperature in place (softcap 0: none, bias may
-  // be null); the room after n becomes -inf. Returns the largest z.
+  // z = (raw + bias) / temperature in place, or with a softcap tanh((raw + bias) / softcap), from
+  // which both the logit and its slope are exact; bias may be null. The room after n becomes -inf.
+  // A logit is z * unit, unit = softcap / temperature or 1. Returns the largest logit.
   float (*transform)(float* z, const float* bias, int64_t n, float temperature, float softcap);
 
-  // sums = {sum e^(z-m), sum e^(z-m) (z-m)}
-  void (*fold)(const float* z, int64_t n, float m, double* sums);
+  // sums = {sum e^(z-m), sum e^(z-m) (z-m)} of the logits
+  void (*fold)(const float* z, int64_t n, float m, float unit, double* sums);
 
   // sums = {as above, sum e^(zq-mq), sum e^(z-m) (z-zq)}
   void (*fold_pair)(
-      const float* z, const float* zq, int64_t n, float m, float mq, double* sums);
+      const float* z, const float* zq, int64_t n, float m, float mq, float unit, double* sums);
 
   // sums as in fold; z becomes e^(z-m) dz / d raw, the room after n 0.
   void (*weigh)(

@@ -411,6 +411,10 @@ PERL_INLINE Floats tanh(Floats x) {
   return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
+PERL_INLINE float logit_unit(float temperature, float softcap) {
+  return softcap > 0.0f ? softcap / temperature : 1.0f;
+}
+
 PERL_INLINE int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 float transform(float* z, const float* bias, int64_t n, float temperature, float softcap) {
@@ -422,7 +426,7 @@ float transform(float* z, const float* bias, int64_t n, float temperature, float
   for (int64_t i = 0; i < n; i += W) {
     Floats v = load(z + i);
     if (softcap > 0.0f) {
-      v = tanh(v / softcap) * (softcap / temperature);
+      v = tanh(v / softcap);
     } else if (temperature != 1.0f) {
       v = v / temperature;
     }
@@ -435,13 +439,13 @@ float transform(float* z, const float* bias, int64_t n, float temperature, float
   if (n % W != 0) most = larger(load(z + padded(n) - W), most);
   float largest = LOWEST;
   for (int64_t i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
-  return largest;
+  return largest * logit_unit(temperature, softcap);
 }
 
-void fold(const float* z, int64_t n, float m, double* sums) {
+void fold(const float* z, int64_t n, float m, float unit, double* sums) {
   Floats l = {}, u = {};
   for (int64_t i = 0; i < n; i += W) {
-    const Floats centred = load(z + i) - m;
+    const Floats centred = load(z + i) * unit - m;
     const Floats e = exp(centred);
     l += e;
     u += e * (e > 0.0f ? centred : Floats{});  // a masked logit of -inf has no say
@@ -450,10 +454,11 @@ void fold(const float* z, int64_t n, float m, double* sums) {
   sums[1] = sum_of(u);
 }
 
-void fold_pair(const float* z, const float* zq, int64_t n, float m, float mq, double* sums) {
+void fold_pair(
+    const float* z, const float* zq, int64_t n, float m, float mq, float unit, double* sums) {
   Floats l = {}, u = {}, lq = {}, d = {};
   for (int64_t i = 0; i < n; i += W) {
-    const Floats logit = load(z + i), logit_q = load(zq + i);
+    const Floats logit = load(z + i) * unit, logit_q = load(zq + i) * unit;
     const Floats centred = logit - m;
     const Floats e = exp(centred);
     l += e;
@@ -467,23 +472,24 @@ void fold_pair(const float* z, const float* zq, int64_t n, float m, float mq, do
   sums[3] = sum_of(d);
 }
 
+// d logit / d raw from what `transform` left: with a softcap, the tanh.
 template <bool SOFTCAP>
-PERL_INLINE Floats slope(Floats logit, float temperature, float softcap) {
+PERL_INLINE Floats slope(Floats z, float temperature) {
   if (!SOFTCAP) return all(1.0f / temperature);
-  const Floats capped = logit / (softcap / temperature);  // the tanh again, to a rounding
-  return logit > -INFINITE ? (1.0f - capped * capped) / temperature : Floats{};
+  return z > -INFINITE ? (1.0f - z * z) / temperature : Floats{};
 }
 
 template <bool SOFTCAP>
 void weigh_row(
     float* z, int64_t n, float m, float temperature, float softcap, double* sums) {
+  const float unit = logit_unit(temperature, softcap);
   Floats l = {}, u = {};
   for (int64_t i = 0; i < n; i += W) {
-    const Floats logit = load(z + i), centred = logit - m;
+    const Floats kept = load(z + i), centred = kept * unit - m;
     const Floats e = exp(centred);
     l += e;
     u += e * (e > 0.0f ? centred : Floats{});
-    store(z + i, e * slope<SOFTCAP>(logit, temperature, softcap));
+    store(z + i, e * slope<SOFTCAP>(kept, temperature));
   }
   sums[0] = sum_of(l);
   sums[1] = sum_of(u);
@@ -500,17 +506,18 @@ template <bool ENTROPY, bool KL, bool SOFTCAP>
 void gradient_row(
     float* z, const float* zq, int64_t n, int64_t target, const GradientRow& row,
     float temperature, float softcap) {
+  const float unit = logit_unit(temperature, softcap);
   for (int64_t i = 0; i < n; i += W) {
-    const Floats logit = load(z + i);
+    const Floats kept = load(z + i), logit = kept * unit;
     Floats log_p = (logit - row.peak) - row.log_sum;
     const Floats p = exp(log_p);
     log_p = p > 0.0f ? log_p : Floats{};
     Floats weight = all(-row.d_log_prob);
     if (ENTROPY) weight -= row.d_entropy * (log_p + row.entropy);
-    if (KL) weight += row.d_kl * (p > 0.0f ? logit - load(zq + i) - row.gap : Floats{});
+    if (KL) weight += row.d_kl * (p > 0.0f ? logit - load(zq + i) * unit - row.gap : Floats{});
     Floats dz = p * weight;
     if (target >= i && target < i + W) dz[target - i] += row.d_log_prob;
-    store(z + i, dz * slope<SOFTCAP>(logit, temperature, softcap));
+    store(z + i, dz * slope<SOFTCAP>(kept, temperature));
   }
 }
 

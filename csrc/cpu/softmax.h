@@ -11,6 +11,11 @@
 
 namespace perl_kernels::cpu {
 
+// What transformed logits are multiplied by: see Kernels::transform.
+inline float logit_unit(float temperature, float softcap) {
+  return softcap > 0.0f ? softcap / temperature : 1.0f;
+}
+
 struct RowState {
   double m = std::numeric_limits<float>::lowest(), l = 0, u = 0, t = 0;
   double mq = std::numeric_limits<float>::lowest(), lq = 0, d = 0, tq = 0;
@@ -22,18 +27,20 @@ struct RowState {
       float softcap) {
     const Kernels& table = kernels();
     const bool inside = target >= 0 && target < n;
+    const float unit = logit_unit(temperature, softcap);
     RowState tile;
     double sums[4] = {0, 0, 0, 0};
     tile.m = std::max(m, double{table.transform(z, bias, n, temperature, softcap)});
     if (zq != nullptr) {
       tile.mq = std::max(mq, double{table.transform(zq, bias, n, temperature, softcap)});
       table.fold_pair(
-          z, zq, n, static_cast<float>(tile.m), static_cast<float>(tile.mq), sums);
-      if (inside) tq = zq[target];
+          z, zq, n, static_cast<float>(tile.m), static_cast<float>(tile.mq), unit,
+          sums);
+      if (inside) tq = zq[target] * unit;
     } else {
-      table.fold(z, n, static_cast<float>(tile.m), sums);
+      table.fold(z, n, static_cast<float>(tile.m), unit, sums);
     }
-    if (inside) t = z[target];
+    if (inside) t = z[target] * unit;
     tile.l = sums[0];
     tile.u = sums[1];
     tile.lq = sums[2];

@@ -145,12 +145,16 @@ def _tiles(total: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def _logits(hidden, weight, bias, columns, temperature, softcap):
+def _raw_logits(hidden, weight, bias, columns):
     dtype = statistics_dtype(hidden.dtype)
     raw = hidden.to(dtype) @ weight[columns].to(dtype).T
     if bias is not None:
         raw += bias[columns].to(dtype)
-    return transform(raw, temperature, softcap)
+    return raw
+
+
+def _logits(hidden, weight, bias, columns, temperature, softcap):
+    return transform(_raw_logits(hidden, weight, bias, columns), temperature, softcap)
 
 
 def _stats_torch(hidden, weight, bias, target, ref_hidden, temperature, softcap, ignore_index):
@@ -188,12 +192,12 @@ def _grad_torch(
         row_stats = (peak[rows], log_sum[rows], entropy[rows], gap[rows])
         d_rows = [None if d is None else d[rows] for d in incoming]
         for columns in _tiles(weight.shape[0], _TILE_COLUMNS):
-            z = _logits(h, weight, bias, columns, temperature, softcap)
-            zq = None
+            raw = _raw_logits(h, weight, bias, columns)
+            z, zq = transform(raw, temperature, softcap), None
             if d_kl is not None:
                 zq = _logits(ref_hidden[rows], weight, bias, columns, temperature, softcap)
             dz = logits_gradient(z, zq, t, columns.start, *row_stats, *d_rows)
-            dz *= transform_slope(z, temperature, softcap)
+            dz *= transform_slope(raw, temperature, softcap)
             if need_dhidden:
                 dhidden[rows] += dz @ weight[columns].to(dtype)
             if need_dweight:

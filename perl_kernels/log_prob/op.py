@@ -124,7 +124,8 @@ def _grad_torch(
             if d_kl is not None:
                 zq = transform(ref_logits[tile].to(dtype), temperature, softcap)
             dz = logits_gradient(z, zq, t, j, *row_stats, *d_rows)
-            dlogits[tile] = dz * transform_slope(z, temperature, softcap)
+            slope = transform_slope(logits[tile].to(dtype), temperature, softcap)
+            dlogits[tile] = dz * slope
     return dlogits
 
 
