@@ -15,7 +15,8 @@ class Optimizer:
     """One role's optimizer: `clip`, look at the norm, `step`.
 
     The learning rate rises linearly over `warmup_steps` updates; then it stays at `lr`
-    ("constant") or falls to 0 at update `steps`, on a line ("linear") or half a cosine ("cosine").
+    ("constant") or falls to 0 after update `steps`, on a line ("linear") or half a cosine
+    ("cosine").
     """
 
     def __init__(

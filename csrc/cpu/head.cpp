@@ -163,6 +163,19 @@ class TileMaker {
   int64_t first_ = -1, count_ = 0;
 };
 
+// c += or = tile
+void put_tile(
+    const float* tile, int64_t rows, int64_t columns, bool add, float* c, int64_t ldc) {
+  const Kernels& table = kernels();
+  for (int64_t i = 0; i < rows; ++i, c += ldc, tile += TILE_COLUMNS) {
+    if (add) {
+      table.accumulate(tile, columns, c);
+    } else {
+      table.from_float(tile, columns, Dtype::float32, c);
+    }
+  }
+}
+
 // dz of one slab of the vocabulary as a left operand of dz weight.
 class GradientRowsOfSlab {
  public:
@@ -194,6 +207,27 @@ class GradientRowsOfSlab {
         stride_ * table.row_panel);
   }
 
+  // c (count, H), contiguous, = or += dz weight over the slab's `width` columns.
+  void times_weight(int64_t slab, int64_t width, int64_t count, bool add, float* c) {
+    const int64_t H = head_.H(), blocks = ceil_div(count, TILE_ROWS);
+    at::parallel_for(0, ceil_div(H, TILE_COLUMNS) * blocks, 1, [&](int64_t begin, int64_t end) {
+      Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE_ROWS * TILE_COLUMNS);
+      int64_t packed = -1;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t h = item / blocks * TILE_COLUMNS, row = item % blocks * TILE_ROWS;
+        const int64_t n = std::min(TILE_COLUMNS, H - h), rows = std::min(TILE_ROWS, count - row);
+        if (packed != h) {
+          packed = h;
+          pack_weight(slab, width, h, n, columns.data());
+        }
+        multiply(item % blocks, rows, width, columns.data(), n, tile.data());
+        put_tile(tile.data(), rows, n, add, c + row * H + h, H);
+      }
+      if (head_.products == Products::tiles) at::native::cpublas::brgemm_release();
+    });
+  }
+
+ private:
   // Columns h .. h + n of the weight's slab as the right operand.
   void pack_weight(int64_t slab, int64_t width, int64_t h, int64_t n, float* columns) const {
     const int64_t panel = kernels().column_panel;
@@ -226,7 +260,6 @@ class GradientRowsOfSlab {
     }
   }
 
- private:
   at::BFloat16* rounded() { return reinterpret_cast<at::BFloat16*>(packed_.data()); }
 
   const Head& head_;
@@ -303,19 +336,6 @@ StatsTuple head_stats(
     });
   }
   return out.tuple();
-}
-
-// c += or = tile
-void put_tile(
-    const float* tile, int64_t rows, int64_t columns, bool add, float* c, int64_t ldc) {
-  const Kernels& table = kernels();
-  for (int64_t i = 0; i < rows; ++i, c += ldc, tile += TILE_COLUMNS) {
-    if (add) {
-      table.accumulate(tile, columns, c);
-    } else {
-      table.from_float(tile, columns, Dtype::float32, c);
-    }
-  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_grad(
@@ -424,28 +444,12 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
         });
 
         // dhidden += dz weight
-        const int64_t h_tiles = ceil_div(H, TILE_COLUMNS);
-        const int64_t h_items = need_dhidden ? h_tiles * blocks : 0;
-        at::parallel_for(0, h_items, 1, [&](int64_t begin, int64_t end) {
-          Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE_ROWS * TILE_COLUMNS);
-          int64_t packed = -1;
-          for (int64_t item = begin; item < end; ++item) {
-            const int64_t h = item / blocks * TILE_COLUMNS, block = item % blocks;
-            const int64_t n = std::min(TILE_COLUMNS, H - h);
-            if (packed != h) {
-              packed = h;
-              dz_rows.pack_weight(slab, width, h, n, columns.data());
-            }
-            dz_rows.multiply(block, rows_of(block), width, columns.data(), n, tile.data());
-            put_tile(
-                tile.data(), rows_of(block), n, slab > 0,
-                dhidden_sum + (part + block * TILE_ROWS) * H + h, H);
-          }
-          if (head.products == Products::tiles) at::native::cpublas::brgemm_release();
-        });
+        if (need_dhidden) {
+          dz_rows.times_weight(slab, width, count, slab > 0, dhidden_sum + part * H);
+        }
 
         // dweight += dz^T hidden
-        const int64_t v_blocks = ceil_div(width, TILE_ROWS);
+        const int64_t h_tiles = ceil_div(H, TILE_COLUMNS), v_blocks = ceil_div(width, TILE_ROWS);
         const int64_t w_items = need_dweight ? h_tiles * v_blocks : 0;
         at::parallel_for(0, w_items, 1, [&](int64_t begin, int64_t end) {
           Buffer columns(TILE_COLUMNS * count), tile(TILE_ROWS * TILE_COLUMNS);
@@ -590,25 +594,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
         }
       }
 
-      // sum += e^(z-m) weight
-      const int64_t h_tiles = ceil_div(H, TILE_COLUMNS);
-      at::parallel_for(0, h_tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-        Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE);
-        int64_t packed = -1;
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t h = item / blocks * TILE_COLUMNS, block = item % blocks;
-          const int64_t n = std::min(TILE_COLUMNS, H - h);
-          if (packed != h) {
-            packed = h;
-            dz_rows.pack_weight(slab, width, h, n, columns.data());
-          }
-          dz_rows.multiply(block, rows_of(block), width, columns.data(), n, tile.data());
-          put_tile(
-              tile.data(), rows_of(block), n, slab > 0,
-              sum.data() + block * TILE_ROWS * H + h, H);
-        }
-        if (head.products == Products::tiles) at::native::cpublas::brgemm_release();
-      });
+      dz_rows.times_weight(slab, width, count, slab > 0, sum.data());
     }
 
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {

@@ -501,7 +501,7 @@ void weigh(float* z, int64_t n, float m, float temperature, float softcap, doubl
 }
 
 // d_log_prob ([j = target] - p) - d_entropy p (log p + entropy) + d_kl p (z - zq - gap),
-// times dz / d raw = (1 - (z temperature / softcap)^2) / temperature
+// in logits, times their slope
 template <bool ENTROPY, bool KL, bool SOFTCAP>
 void gradient_row(
     float* z, const float* zq, int64_t n, int64_t target, const GradientRow& row,

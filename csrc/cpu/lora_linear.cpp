@@ -173,12 +173,12 @@ struct Wide {
 
   void multiply(
       const float* rows, int64_t row_panels, int64_t row_panel_stride, const float* columns,
-      int64_t column_panels, int64_t column_panel_stride, int64_t k, float* c, int64_t ldc,
+      int64_t column_panels, int64_t column_panel_stride, int64_t length, float* c, int64_t ldc,
       bool add) const {
     const Kernels& table = kernels();
     (pairs ? table.multiply_pairs : table.multiply)(
         rows, row_panels, row_panel_stride, columns, column_panels, column_panel_stride,
-        length(k), c, ldc, add);
+        length, c, ldc, add);
   }
 };
 
@@ -226,31 +226,31 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
 
     // s = dropout(x) a^T
     blocks.stretches([&](int64_t first, int64_t count) {
-        Buffer s_tile(TILE_ROWS * r_room), dropped_packed(dropout.active() ? TILE_ROWS * L : 0);
-        const int64_t row = group + first, stride = K * table.row_panel;
-        float* packed = rows_packed.data() + first * K;
-        pack(x_view, row, count, 0, L, table.row_panel, packed, stride);
-        const float* input = packed;
-        int64_t input_stride = stride;
-        if (dropout.active()) {
-          input_stride = L * table.row_panel;
-          Tensor dropped_rows = at::empty({count, D}, x.options());
-          drop_rows(Matrix(x), dropout, row, count, dropped_rows);
-          pack(
-              wide.view(dropped_rows), 0, count, 0, L, table.row_panel, dropped_packed.data(),
-              input_stride);
-          input = dropped_packed.data();
-        }
-        wide.multiply(
-            input, ceil_div(count, table.row_panel), input_stride, a_packed.data(), r_panels,
-            L * table.column_panel, D, s_tile.data(), r_room, false);
-        if (dropout.active()) {
-          for (int64_t i = 0; i < count * r_room; ++i) s_tile.data()[i] *= dropout.gain();
-        }
-        store_tile(s_tile.data(), r_room, count, R, s, row, 0);
+      Buffer s_tile(TILE_ROWS * r_room), dropped_packed(dropout.active() ? TILE_ROWS * L : 0);
+      const int64_t row = group + first, stride = K * table.row_panel;
+      float* packed = rows_packed.data() + first * K;
+      pack(x_view, row, count, 0, L, table.row_panel, packed, stride);
+      const float* input = packed;
+      int64_t input_stride = stride;
+      if (dropout.active()) {
+        input_stride = L * table.row_panel;
+        Tensor dropped_rows = at::empty({count, D}, x.options());
+        drop_rows(Matrix(x), dropout, row, count, dropped_rows);
         pack(
-            Matrix(s_tile.data(), count, R, r_room), 0, count, 0, R, table.row_panel,
-            packed + L * table.row_panel, stride);
+            wide.view(dropped_rows), 0, count, 0, L, table.row_panel, dropped_packed.data(),
+            input_stride);
+        input = dropped_packed.data();
+      }
+      wide.multiply(
+          input, ceil_div(count, table.row_panel), input_stride, a_packed.data(), r_panels,
+          L * table.column_panel, L, s_tile.data(), r_room, false);
+      if (dropout.active()) {
+        for (int64_t i = 0; i < count * r_room; ++i) s_tile.data()[i] *= dropout.gain();
+      }
+      store_tile(s_tile.data(), r_room, count, R, s, row, 0);
+      pack(
+          Matrix(s_tile.data(), count, R, r_room), 0, count, 0, R, table.row_panel,
+          packed + L * table.row_panel, stride);
     });
 
     // y_i = [x | s_i] [weight_i | scale_i b_i]^T + bias_i
@@ -277,7 +277,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
         const int64_t column_panels = ceil_div(count, table.column_panel);
         const float* packed = rows_packed.data() + block * blocks.size * K;
         wide.multiply(
-            packed, row_panels, K * table.row_panel, columns, column_panels, stride, D,
+            packed, row_panels, K * table.row_panel, columns, column_panels, stride, L,
             y_tile.data(), TILE_COLUMNS, false);
         table.multiply(
             packed + (L + r[i]) * table.row_panel, row_panels, K * table.row_panel, columns_s,
@@ -335,25 +335,25 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
     const int64_t row_stride = K * table.row_panel;
 
     blocks.stretches([&](int64_t first, int64_t count) {
-        Buffer tile(TILE_ROWS * widest);
-        const int64_t row = group + first;
-        float* packed = rows_packed.data() + first * K;
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t O_i = weight[i].size(0), R_i = r[i + 1] - r[i], length = l[i + 1] - l[i];
-          const int64_t panels = ceil_div(R_i, table.column_panel);
-          const int64_t ldc = panels * table.column_panel;
-          float* packed_i = packed + l[i] * table.row_panel;
-          pack(wide.view(dy[i]), row, count, 0, length, table.row_panel, packed_i, row_stride);
-          wide.multiply(
-              packed_i, ceil_div(count, table.row_panel), row_stride, b_packed[i].data(), panels,
-              length * table.column_panel, O_i, tile.data(), ldc, false);
-          const float factor = static_cast<float>(scale[i]);
-          for (int64_t j = 0; j < count * ldc; ++j) tile.data()[j] *= factor;
-          store_tile(tile.data(), ldc, count, R_i, ds, row, r[i]);
-        }
-        pack(
-            Matrix(ds), row, count, 0, R, table.row_panel, packed + L * table.row_panel,
-            row_stride);
+      Buffer tile(TILE_ROWS * widest);
+      const int64_t row = group + first;
+      float* packed = rows_packed.data() + first * K;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t R_i = r[i + 1] - r[i], length = l[i + 1] - l[i];
+        const int64_t panels = ceil_div(R_i, table.column_panel);
+        const int64_t ldc = panels * table.column_panel;
+        float* packed_i = packed + l[i] * table.row_panel;
+        pack(wide.view(dy[i]), row, count, 0, length, table.row_panel, packed_i, row_stride);
+        wide.multiply(
+            packed_i, ceil_div(count, table.row_panel), row_stride, b_packed[i].data(), panels,
+            length * table.column_panel, length, tile.data(), ldc, false);
+        const float factor = static_cast<float>(scale[i]);
+        for (int64_t j = 0; j < count * ldc; ++j) tile.data()[j] *= factor;
+        store_tile(tile.data(), ldc, count, R_i, ds, row, r[i]);
+      }
+      pack(
+          Matrix(ds), row, count, 0, R, table.row_panel, packed + L * table.row_panel,
+          row_stride);
     });
 
     if (!need_dx) continue;
@@ -391,8 +391,8 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
           }
         }
         wide.multiply(
-            packed, row_panels, row_stride, columns.data(), column_panels, stride,
-            wide.pairs ? 2 * L : L, tile.data(), TILE_COLUMNS, true);
+            packed, row_panels, row_stride, columns.data(), column_panels, stride, L,
+            tile.data(), TILE_COLUMNS, true);
         store_tile(tile.data(), TILE_COLUMNS, rows, count, dx, row, first);
       }
     });
