@@ -33,8 +33,8 @@ def define(schema: str) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def define_compiled(name: str, *backends: str) -> None:
-    """Give op `name` a twin per compiled extension: same arguments, `_cpu` or `_cuda` behind."""
+def define_twins(name: str, *backends: str) -> None:
+    """Give op `name` a twin per backend: same arguments, `_cpu`, `_cuda` or `_python` behind."""
     schema = str(getattr(torch.ops.perl_kernels, name).default._schema)
     for backend in backends:
         define(schema.replace(f"{NAMESPACE}::{name}", f"{name}_{backend}"))
@@ -46,12 +46,22 @@ def implement(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    *,
+    dispatched_in_cpp: bool = False,
 ) -> None:
-    """Register an op's body (every device), its fake (shapes only) and its autograd formula."""
+    """Register an op's body (every device), its fake (shapes only) and its autograd formula.
+
+    dispatched_in_cpp: where the CPU extension is there, csrc/cpu/dispatch.cpp owns the op on the
+    CPU and its autograd formula on every device; `body` is then also the op `<name>_python`, which
+    it calls where the compiled kernel is not wanted.
+    """
     library.impl(name, body, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=library)
-    if backward is not None:
+    if dispatched_in_cpp and not missing["cpu"]:
+        define_twins(name, "python")
+        library.impl(f"{name}_python", body, "CompositeExplicitAutograd")
+    elif backward is not None:
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=library
         )
@@ -131,19 +141,26 @@ class use_backend:  # noqa: N801 - a function to its callers, usable as a contex
     """
 
     def __init__(self, name: str) -> None:
-        global _chosen
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}; wanted one of {', '.join(BACKENDS)}")
         if missing.get(name):
             raise RuntimeError(f"backend {name!r} is not available: {missing[name]}")
-        self._previous, _chosen = _chosen, name
+        self._previous = _chosen
+        _choose(name)
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        global _chosen
-        _chosen = self._previous
+        _choose(self._previous)
+
+
+def _choose(name: str) -> None:
+    global _chosen
+    _chosen = name
+    if not missing["cpu"]:
+        compiled = backend_of(torch.empty(0, dtype=torch.float32, device="cpu")) == "cpu"
+        torch.ops.perl_kernels.use_compiled_on_cpu(compiled)
 
 
 def backend_of(tensor: Tensor) -> str:
@@ -197,3 +214,4 @@ def show_config() -> None:
 
 
 define("cpu_capability() -> str")
+define("use_compiled_on_cpu(bool wanted) -> ()")

@@ -62,6 +62,14 @@ struct Kernels {
   // values[i] += addend[i]
   void (*accumulate)(const float* addend, int64_t n, float* values);
 
+  // out[i][j] = or += sum over k < n of left[i][k] right[j][k], for i < rows and j < count; out has
+  // room for count rounded up to 16. The right rows are read as they lie, once for every four left
+  // ones; left is float32, or bfloat16 like right.
+  void (*dots)(
+      const void* left, Dtype left_dtype, int64_t left_stride, int64_t rows, const void* right,
+      Dtype dtype, int64_t right_stride, int64_t count, int64_t n, float* out, int64_t ld_out,
+      bool add);
+
   // Zero the elements of row[column .. column + n) whose Philox word is below threshold; values
   // points at `column`, a multiple of 4. The words are those of perl_kernels/_dropout.py.
   void (*drop)(

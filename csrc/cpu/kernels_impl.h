@@ -298,6 +298,120 @@ void accumulate(const float* addend, int64_t n, float* values) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// Inner products of rows as they lie in memory
+// ------------------------------------------------------------------------------------------------
+
+template <Dtype DTYPE>
+PERL_INLINE Floats load_as(const void* from, int64_t i) {
+  if (DTYPE == Dtype::float32) return load(static_cast<const float*>(from) + i);
+  return float_of(
+      DTYPE, *reinterpret_cast<const HalvesInMemory*>(static_cast<const uint16_t*>(from) + i));
+}
+
+template <Dtype DTYPE>
+constexpr int64_t SIZE_OF = DTYPE == Dtype::float32 ? 4 : 2;
+
+// Floats of row[first .. n), zeros behind them.
+template <Dtype DTYPE>
+PERL_INLINE Floats load_rest(const void* row, int64_t first, int64_t n) {
+  float rest[W] = {};
+  to_float(static_cast<const char*>(row) + first * SIZE_OF<DTYPE>, DTYPE, 1, n - first, rest);
+  return load(rest);
+}
+
+// W right rows at a time: four of them side by side, so that a vector of the left rows serves four
+// products; then the partial sums of all W in one transposition. Two bfloat16 rows are multiplied
+// as pairs where the processor can.
+template <Dtype DTYPE, Dtype LEFT_DTYPE, int64_t LEFT>
+void dots_of(
+    const void* left, int64_t left_stride, const void* right, int64_t right_stride, int64_t count,
+    int64_t n, float* out, int64_t ld_out, bool add) {
+  constexpr int64_t SIDE = 4;
+  const char *left_rows[LEFT], *right_rows[SIDE];
+  for (int64_t i = 0; i < LEFT; ++i) {
+    left_rows[i] = static_cast<const char*>(left) + i * left_stride * SIZE_OF<LEFT_DTYPE>;
+  }
+  for (int64_t first = 0; first < count; first += W) {
+    Floats found[LEFT][W];
+    for (int64_t group = 0; group < W; group += SIDE) {
+      Floats sums[SIDE][LEFT] = {};
+      for (int64_t j = 0; j < SIDE; ++j) {
+        const int64_t row = first + group + j < count ? first + group + j : count - 1;
+        right_rows[j] = static_cast<const char*>(right) + row * right_stride * SIZE_OF<DTYPE>;
+      }
+      int64_t k = 0;
+#ifdef PERL_BFLOAT16
+      for (; LEFT_DTYPE == Dtype::bfloat16 && k + 2 * W <= n; k += 2 * W) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < SIDE; ++j) {
+          const Floats value = load(reinterpret_cast<const float*>(right_rows[j] + 2 * k));
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < LEFT; ++i) {
+            const Floats other = load(reinterpret_cast<const float*>(left_rows[i] + 2 * k));
+            sums[j][i] = (Floats)_mm512_dpbf16_ps(
+                (__m512)sums[j][i], (__m512bh)other, (__m512bh)value);
+          }
+        }
+      }
+#endif
+      for (; k + W <= n; k += W) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < SIDE; ++j) {
+          const Floats value = load_as<DTYPE>(right_rows[j], k);
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < LEFT; ++i) {
+            sums[j][i] += load_as<LEFT_DTYPE>(left_rows[i], k) * value;
+          }
+        }
+      }
+      for (int64_t j = 0; k < n && j < SIDE; ++j) {
+        const Floats value = load_rest<DTYPE>(right_rows[j], k, n);
+        for (int64_t i = 0; i < LEFT; ++i) {
+          sums[j][i] += load_rest<LEFT_DTYPE>(left_rows[i], k, n) * value;
+        }
+      }
+      for (int64_t j = 0; j < SIDE; ++j) {
+        for (int64_t i = 0; i < LEFT; ++i) found[i][group + j] = sums[j][i];
+      }
+    }
+    for (int64_t i = 0; i < LEFT; ++i) {
+      transpose(found[i]);
+      for (int64_t half = W / 2; half > 0; half /= 2) {
+        for (int64_t j = 0; j < half; ++j) found[i][j] += found[i][j + half];
+      }
+      float* to = out + i * ld_out + first;
+      store(to, add ? load(to) + found[i][0] : found[i][0]);
+    }
+  }
+}
+
+template <Dtype DTYPE, Dtype LEFT_DTYPE>
+void dots_as(
+    const void* left, int64_t left_stride, int64_t rows, const void* right, int64_t right_stride,
+    int64_t count, int64_t n, float* out, int64_t ld_out, bool add) {
+  constexpr decltype(&dots_of<DTYPE, LEFT_DTYPE, 1>) OF_ROWS[] = {
+      dots_of<DTYPE, LEFT_DTYPE, 1>, dots_of<DTYPE, LEFT_DTYPE, 2>,
+      dots_of<DTYPE, LEFT_DTYPE, 3>, dots_of<DTYPE, LEFT_DTYPE, 4>};
+  constexpr int64_t MOST = W == 16 ? 4 : 2;  // as many as the registers hold
+  for (int64_t i = 0; i < rows; i += MOST) {
+    OF_ROWS[(rows - i < MOST ? rows - i : MOST) - 1](
+        static_cast<const char*>(left) + i * left_stride * SIZE_OF<LEFT_DTYPE>, left_stride, right,
+        right_stride, count, n, out + i * ld_out, ld_out, add);
+  }
+}
+
+void dots(
+    const void* left, Dtype left_dtype, int64_t left_stride, int64_t rows, const void* right,
+    Dtype dtype, int64_t right_stride, int64_t count, int64_t n, float* out, int64_t ld_out,
+    bool add) {
+  auto* as = left_dtype == Dtype::bfloat16 ? dots_as<Dtype::bfloat16, Dtype::bfloat16>
+      : dtype == Dtype::bfloat16           ? dots_as<Dtype::bfloat16, Dtype::float32>
+      : dtype == Dtype::float16            ? dots_as<Dtype::float16, Dtype::float32>
+                                           : dots_as<Dtype::float32, Dtype::float32>;
+  as(left, left_stride, rows, right, right_stride, count, n, out, ld_out, add);
+}
+
+// ------------------------------------------------------------------------------------------------
 // Dropout: Philox-4x32-10 of counter (column / 4, row, 0, 0). A lane of 64 bits holds one word of
 // one counter in its low half; what is left in the high half is never looked at.
 // ------------------------------------------------------------------------------------------------
@@ -547,7 +661,7 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
-    to_float, from_float, accumulate, drop, transform, fold, fold_pair, weigh, gradient,
+    to_float, from_float, accumulate, dots, drop, transform, fold, fold_pair, weigh, gradient,
 };
 
 }  // namespace perl_kernels::cpu

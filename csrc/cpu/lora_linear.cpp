@@ -34,11 +34,13 @@ Tensor stacked(TensorList a) { return a.size() == 1 ? a[0] : at::cat(a); }
 
 // Whether ATen's products are the faster ones. For a few rows, always: nothing is packed. Its
 // float32 products come from MKL, which uses AVX-512 on Intel's processors alone; its bfloat16
-// products are slow without instructions for them, and faster than ours with AMX.
+// products are slow without instructions for them, faster than ours with AMX, and with AVX-512 as
+// long as there are too few rows to pay for packing the weight.
 bool better_by_aten(const Tensor& x) {
   if (x.size(0) < 4) return true;
   if (x.scalar_type() == at::kFloat) return !beats_library_in_float32();
-  return x.scalar_type() == at::kBFloat16 && has_bfloat16_tiles();
+  if (x.scalar_type() != at::kBFloat16) return false;
+  return has_bfloat16_tiles() || (kernels().multiply_pairs != nullptr && x.size(0) < 192);
 }
 
 // x with dropped elements 0 and the others times the gain.
@@ -67,8 +69,18 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_aten(
   Tensor s = at::mm(input, stacked(a).to(x.scalar_type()).t());
   std::vector<Tensor> y;
   for (size_t i = 0; i < weight.size(); ++i) {
-    y.push_back(at::linear(x, weight[i], bias.empty() ? std::optional<Tensor>() : bias[i]));
-    y[i].addmm_(s.slice(1, r[i], r[i + 1]), b[i].to(x.scalar_type()).t(), 1, scale[i]);
+    const Tensor s_i = s.slice(1, r[i], r[i + 1]), b_t = b[i].to(x.scalar_type()).t();
+    if (x.scalar_type() == at::kFloat) {
+      // Short sums are added to long ones: a BLAS may start a sum from what is there already.
+      y.push_back(at::linear(x, weight[i], bias.empty() ? std::optional<Tensor>() : bias[i]));
+      y[i].addmm_(s_i, b_t, 1, scale[i]);
+    } else {
+      // In 16 bits sums are longer than results anyway, and the short product is the cheaper one
+      // to write first and read again.
+      Tensor y_i = at::empty({x.size(0), weight[i].size(0)}, x.options());
+      at::addmm_out(y_i, bias.empty() ? y_i : bias[i], s_i, b_t, bias.empty() ? 0 : 1, scale[i]);
+      y.push_back(y_i.addmm_(x, weight[i].t()));
+    }
   }
   return {y, s};
 }
@@ -84,8 +96,7 @@ std::tuple<Tensor, Tensor> backward_by_aten(
     at::addmm_out(ds_i, ds_i, dy[i], b[i].to(x.scalar_type()), 0, scale[i]);
   }
   if (!need_dx) return {ds, at::empty({0}, x.options())};
-  // Short sums are added to long ones: a BLAS may start a sum from what is there already.
-  Tensor dx = at::mm(dy[0], weight[0]);
+  Tensor dx = at::mm(dy[0], weight[0]);  // long sums first, as in forward
   for (size_t i = 1; i < dy.size(); ++i) dx.addmm_(dy[i], weight[i]);
   const Tensor a_all = stacked(a).to(x.scalar_type());
   if (dropout.active()) {
@@ -400,6 +411,91 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   return {ds, dx};
 }
 
+// Up to how many rows each row of the weight is better multiplied as it lies.
+int64_t few_rows(const Tensor& x) {
+  const bool wide = kernels().column_panel == 32;
+  return x.scalar_type() == at::kFloat && wide ? 32 : 8;
+}
+
+// Rows of every tensor lie whole in memory, one element after the other.
+bool in_rows(TensorList tensors) {
+  return std::all_of(
+      tensors.begin(), tensors.end(), [](const Tensor& t) { return t.stride(1) == 1; });
+}
+
+// bfloat16 rows that Kernels::dots multiplies as they are.
+bool multiplies_as_pairs(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && x.stride(1) == 1 &&
+      kernels().multiply_pairs != nullptr;
+}
+
+// x in float32, row after row, in memory that `room` keeps.
+Matrix in_floats(const Tensor& x, Buffer& room) {
+  const Matrix from(x);
+  for (int64_t n = 0; n < from.rows; ++n) {
+    kernels().to_float(
+        from.at(n, 0), from.dtype, from.column_stride, from.columns,
+        room.data() + n * from.columns);
+  }
+  return Matrix(room.data(), from.rows, from.columns, from.columns);
+}
+
+// out = or += left times rows first .. first + count of `right`, transposed
+void times_rows(
+    const Matrix& left, const Tensor& right, int64_t first, int64_t count, float* out,
+    int64_t ld_out, bool add) {
+  const Matrix other(right);
+  kernels().dots(
+      left.data, left.dtype, left.row_stride, left.rows, other.at(first, 0), other.dtype,
+      other.row_stride, count, left.columns, out, ld_out, add);
+}
+
+// For a few rows nothing is packed: the weight is read once, as it lies, each thread its share.
+std::tuple<std::vector<Tensor>, Tensor> forward_by_rows(
+    const Tensor& x, TensorList weight, TensorList bias, TensorList a, TensorList b,
+    at::ArrayRef<double> scale, const Dropout& dropout) {
+  constexpr int64_t WIDTH = 64, SERIAL = 32768;  // outputs of an item; products worth no thread
+  const Kernels& table = kernels();
+  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t grain = std::max<int64_t>(1, SERIAL / std::max<int64_t>(1, WIDTH * D * N));
+  const std::vector<int64_t> r = offsets_of(a, 0);
+  Tensor s = at::empty({N, r.back()}, x.options());
+  std::vector<Tensor> y;
+
+  Buffer room(N * D), input_room(dropout.active() ? N * D : 0);
+  const Matrix floats = in_floats(x, room);
+  const Matrix input =
+      dropout.active() ? in_floats(dropped(x, dropout), input_room) : floats;
+  const Matrix rows = multiplies_as_pairs(x) ? Matrix(x) : floats;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const int64_t R = r[i + 1] - r[i], O = weight[i].size(0), ld = round_up(R, WIDTH);
+    Buffer s_room(N * ld), bias_row(bias.empty() ? 0 : O);
+    float* s_i = s_room.data();
+    at::parallel_for(0, ld / WIDTH, grain, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * WIDTH;
+      times_rows(input, a[i], first, std::min(end * WIDTH, R) - first, s_i + first, ld, false);
+    });
+    store_tile(s_i, ld, N, R, s, 0, r[i]);
+    for (int64_t j = 0; j < N * ld; ++j) s_i[j] *= static_cast<float>(scale[i]);
+    if (!bias.empty()) vector_to_float(bias[i], 0, O, bias_row.data());
+
+    y.push_back(at::empty({N, O}, x.options()));
+    at::parallel_for(0, ceil_div(O, WIDTH), grain, [&](int64_t begin, int64_t end) {
+      Buffer tile(N * WIDTH);
+      for (int64_t first = begin * WIDTH; first < std::min(end * WIDTH, O); first += WIDTH) {
+        const int64_t count = std::min(WIDTH, O - first);
+        times_rows(rows, weight[i], first, count, tile.data(), WIDTH, false);
+        times_rows(Matrix(s_i, N, R, ld), b[i], first, count, tile.data(), WIDTH, true);
+        for (int64_t n = 0; !bias.empty() && n < N; ++n) {
+          table.accumulate(bias_row.data() + first, count, tile.data() + n * WIDTH);
+        }
+        store_tile(tile.data(), WIDTH, N, count, y[i], 0, first);
+      }
+    });
+  }
+  return {y, s};
+}
+
 std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     const Tensor& x,     // (N, D)
     TensorList weight,   // (O_i, D)
@@ -410,7 +506,9 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     double dropout_p,
     const std::optional<Tensor>& seed) {
   const PlainOperators plain;
-  return (better_by_aten(x) ? forward_by_aten : forward_by_tiles)(
+  const bool by_rows =
+      x.size(0) <= few_rows(x) && in_rows(weight) && in_rows(a) && in_rows(b);
+  return (by_rows ? forward_by_rows : better_by_aten(x) ? forward_by_aten : forward_by_tiles)(
       x, weight, bias, a, b, scale, Dropout(dropout_p, seed));
 }
 

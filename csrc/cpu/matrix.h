@@ -91,7 +91,8 @@ void pack_pairs_of_rows(
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : memory_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(floats, 1) * sizeof(float))) {}
+      : memory_(floats > 0 ? c10::GetCPUAllocator()->allocate(floats * sizeof(float))
+                           : at::DataPtr()) {}
   float* data() { return static_cast<float*>(memory_.get()); }
 
  private:

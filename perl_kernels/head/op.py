@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .._library import backend_of, define, define_compiled, implement
+from .._library import backend_of, define, define_twins, implement
 from .._softmax import (
     RowState,
     Stats,
@@ -52,9 +52,9 @@ define(
     " -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy,"
     " Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-define_compiled("head_stats", "cpu")
-define_compiled("head_grad", "cpu")
-define_compiled("head_log_prob", "cpu")
+define_twins("head_stats", "cpu")
+define_twins("head_grad", "cpu")
+define_twins("head_log_prob", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._library import backend_of, define, define_compiled, implement
+from .._library import backend_of, define, define_twins, implement
 from .._softmax import (
     RowState,
     Stats,
@@ -31,8 +31,8 @@ define(
     " Tensor? d_log_prob, Tensor? d_entropy, Tensor? d_kl,"
     " float temperature, float softcap, int ignore_index) -> Tensor dlogits"
 )
-define_compiled("logits_stats", "cpu", "cuda")
-define_compiled("logits_grad", "cpu", "cuda")
+define_twins("logits_stats", "cpu", "cuda")
+define_twins("logits_grad", "cpu", "cuda")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,11 +22,13 @@ no dweight: the base is frozen, and that is where the savings come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from .._arguments import (
+    FLOATS,
     autocast,
     check_alike,
     check_constant,
@@ -92,6 +94,50 @@ def _lora_linear(
     scale: list[float],
     dropout_p: float,
 ) -> tuple[Tensor, ...]:
+    if dropout_p != 0.0 or not all(map(_fits, repeat(x), weight, a, b, bias)):
+        x, *weight = _checked(x, weight, a, b, bias, dropout_p)
+    if bias.count(None) == len(bias):
+        bias = []
+    elif any(t is None or t.dtype != x.dtype for t in bias):
+        bias = [
+            w.new_zeros(w.shape[0]) if t is None else t.to(x.dtype)
+            for t, w in zip(bias, weight, strict=True)
+        ]
+    seed = new_seed(x.device) if dropout_p > 0.0 else None
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y, _ = torch.ops.perl_kernels.lora_linear(flat, weight, bias, a, b, scale, dropout_p, seed)
+    return tuple(y) if flat is x else tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in y)
+
+
+def _fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_checked` would find nothing and cast nothing, told in a tenth of its time.
+
+    For one token that time would be longer than the layer's arithmetic.
+    """
+    try:
+        dtype, device = x.dtype, x.device
+        adapters = (dtype,) if dtype == torch.float64 else (dtype, torch.float32)
+        return (
+            x.ndim > 0
+            and weight.ndim == a.ndim == 2
+            and (weight.shape[0], a.shape[0]) == b.shape
+            and x.shape[-1] == weight.shape[1] == a.shape[1]
+            and len(a) > 0
+            and dtype == weight.dtype
+            and a.dtype in adapters
+            and b.dtype in adapters
+            and dtype in FLOATS
+            and device == weight.device == a.device == b.device
+            and not weight.requires_grad
+            and (bias is None or (bias.shape == b.shape[:1] and bias.dtype in FLOATS))
+            and not torch.is_autocast_enabled(device.type)
+        )
+    except (AttributeError, TypeError):  # not a tensor
+        return False
+
+
+def _checked(x, weight, a, b, bias, dropout_p) -> tuple[Tensor, ...]:
+    """x and the weights, cast under autocast, or an error that says what is wrong."""
     check_float("x", x)
     if x.ndim < 1:
         raise ValueError("x is a scalar; wanted (..., D)")
@@ -100,19 +146,7 @@ def _lora_linear(
     for i in range(len(weight)):
         at = f"[{i}]" if len(weight) > 1 else ""
         _check_projection(at, x, weight[i], a[i], b[i], bias[i])
-    if any(t is not None for t in bias):
-        bias = [
-            w.new_zeros(w.shape[0]) if t is None else t.to(x.dtype)
-            for t, w in zip(bias, weight, strict=True)
-        ]
-    else:
-        bias = []
-    seed = new_seed(x.device) if dropout_p > 0.0 else None
-    lead, features = x.shape[:-1], x.shape[-1]
-    y, _ = torch.ops.perl_kernels.lora_linear(
-        x.reshape(-1, features), weight, bias, a, b, [float(k) for k in scale], dropout_p, seed
-    )
-    return tuple(t.view(*lead, t.shape[-1]) for t in y)
+    return x, *weight
 
 
 def _check_projection(

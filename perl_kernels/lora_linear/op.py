@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dropout import drop, keep_mask
-from .._library import backend_of, define, define_compiled, implement
+from .._library import backend_of, define, define_twins, implement
 
 # ------------------------------------------------------------------------------------------------
 # Schema. s (N, sum of R) is dropout(x) a^T of all projections side by side.
@@ -24,8 +24,8 @@ define(
     " float[] scale, float dropout_p, Tensor? seed, Tensor s, bool need_dx, bool need_dab)"
     " -> (Tensor dx, Tensor[] da, Tensor[] db)"
 )
-define_compiled("lora_linear", "cpu")
-define_compiled("lora_linear_backward", "cpu")
+define_twins("lora_linear", "cpu")
+define_twins("lora_linear_backward", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -143,5 +143,8 @@ def _autograd_backward(ctx, dy, _ds):
     )
 
 
-implement("lora_linear", _forward, _fake_forward, _setup_context, _autograd_backward)
-implement("lora_linear_backward", _backward, _fake_backward)
+implement(
+    "lora_linear", _forward, _fake_forward, _setup_context, _autograd_backward,
+    dispatched_in_cpp=True,
+)  # fmt: skip
+implement("lora_linear_backward", _backward, _fake_backward, dispatched_in_cpp=True)
