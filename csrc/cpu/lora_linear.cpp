@@ -20,7 +20,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t PACKED_BYTES = int64_t{32} << 20;  // of rows at once
+constexpr int64_t PACKED_BYTES = int64_t{8} << 20;  // of rows at once
 
 // Where each tensor of a list starts when their sizes along `dim` are laid end to end.
 std::vector<int64_t> offsets_of(TensorList tensors, int64_t dim) {

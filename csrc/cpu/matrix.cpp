@@ -1,6 +1,9 @@
 #include "matrix.h"
 
+#include <c10/core/impl/alloc_cpu.h>
+
 #include <cstring>
+#include <map>
 
 namespace perl_kernels::cpu {
 
@@ -141,6 +144,55 @@ void pack_along_p(
 }
 
 }  // namespace
+
+namespace {
+
+// Blocks that one thread gave back, by size.
+struct Kept {
+  std::multimap<int64_t, void*> blocks;
+  int64_t bytes = 0;
+
+  ~Kept() {
+    for (const auto& block : blocks) c10::free_cpu(block.second);
+  }
+
+  // A block of at least `wanted` bytes and no more than twice that, or null.
+  void* take(int64_t wanted, int64_t* size) {
+    const auto found = blocks.lower_bound(wanted);
+    if (found == blocks.end() || found->first > 2 * wanted) return nullptr;
+    void* block = found->second;
+    *size = found->first;
+    bytes -= found->first;
+    blocks.erase(found);
+    return block;
+  }
+
+  bool keep(void* block, int64_t size) {
+    if (bytes + size > Buffer::KEPT_BYTES) return false;
+    bytes += size;
+    blocks.emplace(size, block);
+    return true;
+  }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+Buffer::Buffer(int64_t floats) {
+  if (floats <= 0) return;
+  bytes_ = round_up(floats * static_cast<int64_t>(sizeof(float)), 64);
+  void* block = kept.take(bytes_, &bytes_);
+  data_ = static_cast<float*>(block != nullptr ? block : c10::alloc_cpu(bytes_));
+}
+
+Buffer::Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+  other.data_ = nullptr;
+}
+
+Buffer::~Buffer() {
+  if (data_ != nullptr && !kept.keep(data_, bytes_)) c10::free_cpu(data_);
+}
 
 void pack_pairs_of_rows(
     const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
