@@ -80,7 +80,7 @@ void load_strip(const Matrix& m, int64_t p, int64_t k, bool along_k, int64_t n, 
   }
   if (m.dropout != nullptr) {
     const int64_t row = m.transposed ? k : p, column = m.transposed ? p : k;
-    table.drop(to, n, m.dropout->seed, m.dropout->threshold, row, column);
+    m.dropout->apply(to, n, row, column);
   }
 }
 

@@ -35,6 +35,7 @@ struct Dropout {
   double p = 0.0;
   uint64_t seed = 0;
   uint32_t threshold = 0;
+  int64_t first_row = 0;  // the mask's row of row 0
 
   Dropout(double p, const std::optional<at::Tensor>& seed_tensor) : p(p) {
     if (p == 0.0) return;
@@ -45,6 +46,16 @@ struct Dropout {
   bool active() const { return p > 0.0; }
   // What the kept elements are multiplied by.
   float gain() const { return static_cast<float>(1.0 / (1.0 - p)); }
+  // The same mask for rows that begin at `row`.
+  Dropout from(int64_t row) const {
+    Dropout other = *this;
+    other.first_row += row;
+    return other;
+  }
+  // Zeros dropped elements; see Kernels::drop.
+  void apply(float* values, int64_t n, int64_t row, int64_t column) const {
+    kernels().drop(values, n, seed, threshold, first_row + row, column);
+  }
 };
 
 // A view: element (p, k) lies at data + p * row_stride + k * column_stride, times `scale`.
@@ -98,6 +109,7 @@ class Buffer {
   Buffer& operator=(Buffer&&) = delete;
   ~Buffer();
   float* data() { return data_; }
+  const float* data() const { return data_; }
 
  private:
   float* data_ = nullptr;

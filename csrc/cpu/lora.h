@@ -1,0 +1,232 @@
+// Frozen linear layers with adapters, by packed tiles and by ATen: what lora_linear.cpp and
+// lora_mlp.cpp are made of. The letters are those of AGENTS.md; i numbers projections of one input.
+//
+// The adapter is not a second product over y: its rank extends the inner dimension. Packed rows
+// are [x | s_0 | s_1 | ...], packed columns [weight_i | scale_i b_i], and one accumulator runs over
+// D and then over R_i. Backward likewise: rows [dy_0 | dy_1 | ... | ds], columns
+// [weight_0^T | weight_1^T | ... | a^T], the adapter's part first, so that the dropout mask can be
+// applied to it before the rest is added.
+//
+// Where packing does not pay (few rows) or the library's products are the faster ones, they go to
+// ATen instead, with the adapter added to its result in place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <vector>
+
+#include "matrix.h"
+
+namespace perl_kernels::cpu {
+
+constexpr int64_t PACKED_BYTES = int64_t{8} << 20;  // of rows at once
+
+// ATen's operators inside ours are neither recorded nor cast again.
+struct PlainOperators {
+  c10::impl::ExcludeDispatchKeyGuard guard{
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset};
+};
+
+// Whether ATen's products are the faster ones. For a few rows, always: nothing is packed. Its
+// float32 products come from MKL, which uses AVX-512 on Intel's processors alone; its bfloat16
+// products are slow without instructions for them, faster than ours with AMX, and with AVX-512 as
+// long as there are too few rows to pay for packing the weight.
+bool better_by_aten(const at::Tensor& x);
+
+// Projections of one input. The tensors are the caller's.
+struct Projections {
+  at::TensorList weight;  // (O_i, D)
+  at::TensorList bias;    // (O_i,), or no bias at all
+  at::TensorList a;       // (R_i, D)
+  at::TensorList b;       // (O_i, R_i)
+  at::ArrayRef<double> scale;
+  std::vector<int64_t> r;  // where each one's ranks start among all
+  at::Tensor a_all;        // (R, D)
+
+  Projections(
+      at::TensorList weight, at::TensorList bias, at::TensorList a, at::TensorList b,
+      at::ArrayRef<double> scale);
+  int64_t count() const { return static_cast<int64_t>(weight.size()); }
+  int64_t rank() const { return r.back(); }
+  int64_t rank(int64_t i) const { return r[i + 1] - r[i]; }
+  at::Tensor part(const at::Tensor& s, int64_t i) const;  // the columns of s that are s_i
+};
+
+// da_i = ds_i^T dropout(x) ; db_i = scale_i dy_i^T s_i. Each in its parameter's dtype.
+std::vector<at::Tensor> gradients_of_a(
+    const at::Tensor& ds, const at::Tensor& x, const Projections& p, const Dropout& dropout);
+std::vector<at::Tensor> gradients_of_b(
+    at::TensorList dy, const at::Tensor& s, const Projections& p);
+
+// ------------------------------------------------------------------------------------------------
+// By ATen
+// ------------------------------------------------------------------------------------------------
+
+// x with dropped elements 0 and the others times the gain
+at::Tensor dropped(const at::Tensor& x, const Dropout& dropout);
+// dropout(x) a^T
+at::Tensor s_by_aten(const at::Tensor& x, const Projections& p, const Dropout& dropout);
+// y = x weight_i^T + bias_i + scale_i s_i b_i^T
+void y_by_aten(
+    const at::Tensor& x, const at::Tensor& s, const Projections& p, int64_t i, at::Tensor& y);
+// ds_i = scale_i dy_i b_i
+void ds_by_aten(at::TensorList dy, const Projections& p, at::Tensor& ds);
+// dx = sum of dy_i weight_i + dropout'(ds a)
+void dx_by_aten(
+    at::TensorList dy, const at::Tensor& ds, const Projections& p, const Dropout& dropout,
+    at::Tensor& dx);
+
+// ------------------------------------------------------------------------------------------------
+// By tiles: how the work is cut
+// ------------------------------------------------------------------------------------------------
+
+struct Tile {
+  int64_t item, first, count;  // which projection; which of its columns
+};
+
+// Even tiles of `size` columns, no wider than `most`.
+void add_tiles(int64_t item, int64_t size, int64_t most, std::vector<Tile>& tiles);
+
+// Rows of a group in even blocks. Panels of packed rows follow each other through all blocks.
+struct Blocks {
+  const int64_t rows, size, count;
+
+  explicit Blocks(int64_t rows)
+      : rows(rows), size(even_share(rows, TILE_ROWS, kernels().row_panel)),
+        count(ceil_div(rows, size)) {}
+  int64_t rows_of(int64_t block) const { return std::min(size, rows - block * size); }
+
+  // Calls work(first row, rows) for stretches of at most `size` rows that begin at a panel.
+  template <class Work>
+  void stretches(const Work& work) const {
+    const int64_t panel = kernels().row_panel;
+    at::parallel_for(0, ceil_div(rows, panel), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * panel; row < std::min(end * panel, rows); row += size) {
+        work(row, std::min({size, end * panel - row, rows - row}));
+      }
+    });
+  }
+
+  // Calls work(begin, end) on runs of (tile, block) items, numbered tile * count + block.
+  template <class Work>
+  void items(const std::vector<Tile>& tiles, const Work& work) const {
+    std::vector<int64_t> weights;
+    for (const Tile& tile : tiles) {
+      for (int64_t block = 0; block < count; ++block) {
+        weights.push_back(
+            round_up(tile.count, kernels().column_panel) *
+            round_up(rows_of(block), kernels().row_panel));
+      }
+    }
+    parallel_by_weight(weights, work);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------
+// By tiles: packed operands
+// ------------------------------------------------------------------------------------------------
+
+// The wide products of one call, over D or O: float32 panels, or pairs of bfloat16 where the
+// processor multiplies those and the tensors can be read in pairs. The adapter's part is float32.
+struct Wide {
+  const bool pairs;
+
+  explicit Wide(std::initializer_list<at::TensorList> operands);
+
+  // Floats that `k` inner elements take in a panel.
+  int64_t length(int64_t k) const { return pairs ? ceil_div(k, 2) : k; }
+  Matrix view(const at::Tensor& t) const { return pairs ? pairs_of(Matrix(t)) : Matrix(t); }
+
+  // Columns first .. first + count of w (K, columns) as a right operand.
+  void pack_columns(
+      const at::Tensor& w, int64_t first, int64_t count, float* to, int64_t panel_stride) const;
+  void multiply(
+      const float* rows, int64_t row_panels, int64_t row_panel_stride, const float* columns,
+      int64_t column_panels, int64_t column_panel_stride, int64_t length, float* c, int64_t ldc,
+      bool add) const;
+};
+
+// The packed rows of a group: `length` floats of a wide part, then `rank` of the adapters'.
+class PackedRows {
+ public:
+  const int64_t length, rank;
+
+  PackedRows(int64_t rows, int64_t length, int64_t rank)
+      : length(length), rank(rank), buffer_(rows * (length + rank)) {}
+  // From inner k of the panel that begins with `row`.
+  float* at(int64_t row, int64_t k = 0) {
+    return buffer_.data() + row * (length + rank) + k * kernels().row_panel;
+  }
+  int64_t stride() const { return (length + rank) * kernels().row_panel; }
+
+ private:
+  Buffer buffer_;
+};
+
+// Packed right operands, each named by what it makes of packed rows. Tiles of results are float32
+// with TILE_COLUMNS between rows; `first` and `count` are rows of a group, first at a panel.
+
+// s = x a^T of all projections
+class ColumnsOfS {
+ public:
+  ColumnsOfS(const Wide& wide, const Projections& p);
+  // From packed x, or dropped x without the gain, into `s` from row `row` on, and packed into rows.
+  void multiply(
+      const float* x, int64_t x_stride, float gain, int64_t first, int64_t count,
+      PackedRows& rows, at::Tensor& s, int64_t row) const;
+
+ private:
+  const Wide wide_;
+  const int64_t rank_, room_, length_;
+  Buffer packed_;
+};
+
+// Some columns of y_i = [x | s_i] [weight_i | scale_i b_i]^T + bias_i
+class ColumnsOfY {
+ public:
+  ColumnsOfY(const Wide& wide, const Projections& p, int64_t most);
+  void pack(int64_t i, int64_t first, int64_t count);
+  void multiply(PackedRows& rows, int64_t first, int64_t count, float* tile);
+
+ private:
+  const Wide wide_;
+  const Projections& p_;
+  int64_t i_ = 0, columns_ = 0, stride_ = 0;
+  Buffer packed_, bias_;
+};
+
+// ds_i = scale_i dy_i b_i
+class ColumnsOfDs {
+ public:
+  ColumnsOfDs(const Wide& wide, const Projections& p);
+  // From packed dy, into ds (float32) from row `row` on, and packed into rows.
+  void multiply(
+      int64_t first, int64_t count, PackedRows& rows, at::Tensor& ds, int64_t row) const;
+
+ private:
+  const Wide wide_;
+  const Projections& p_;
+  std::vector<Buffer> packed_;
+};
+
+// Some columns of dx = dropout'(ds a) + sum of dy_i weight_i
+class ColumnsOfDx {
+ public:
+  ColumnsOfDx(const Wide& wide, const Projections& p, const Dropout& dropout, int64_t most);
+  void pack(int64_t first, int64_t count);
+  // row: the mask's row of `first`
+  void multiply(PackedRows& rows, int64_t first, int64_t count, int64_t row, float* tile);
+
+ private:
+  const Wide wide_;
+  const Projections& p_;
+  const Dropout& dropout_;
+  int64_t first_ = 0, columns_ = 0;
+  Buffer packed_;
+};
+
+// Where each dy_i starts among the floats of a packed row, and the length of all.
+std::vector<int64_t> starts_of(const Wide& wide, const Projections& p);
+
+}  // namespace perl_kernels::cpu
