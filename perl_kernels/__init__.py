@@ -1,4 +1,5 @@
-"""Fused kernels for LoRA fine-tuning and RLHF: LoRA layers, log-probabilities, KL, policy loss.
+"""Fused kernels for LoRA fine-tuning and RLHF: LoRA layers and gated MLP blocks,
+log-probabilities, KL, policy loss.
 
     import perl_kernels as pk
     model = pk.apply_lora(model, pk.LoRAConfig(r=16))       # or pk.accelerate_peft(peft_model)
@@ -24,12 +25,14 @@ from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
 from .log_prob import kl, log_prob
 from .lora_linear import lora_linear
+from .lora_mlp import LoRAProjection, lora_mlp
 from .peft import accelerate_peft, load_adapter, save_adapter
 
 __all__ = [
     "LinearKL",
     "LoRAConfig",
     "LoRALinear",
+    "LoRAProjection",
     "PolicyLoss",
     "accelerate_peft",
     "adapter_names",
@@ -42,6 +45,7 @@ __all__ = [
     "load_adapter",
     "log_prob",
     "lora_linear",
+    "lora_mlp",
     "merge_lora",
     "policy_loss",
     "save_adapter",

@@ -61,3 +61,51 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None else None for t in tensors)
+
+
+def check_projection(
+    x: Tensor,  # (..., D)
+    weight: Tensor,  # (O, D)
+    a: Tensor,  # (R, D)
+    b: Tensor,  # (O, R)
+    bias: Tensor | None,  # (O,)
+    *,
+    prefix: str = "",
+    suffix: str = "",
+    projects: tuple[str, int] | None = None,
+) -> None:
+    """A frozen linear layer with an adapter, on x's device and in its dtype.
+
+    `prefix` and `suffix` go around the names in errors; `projects` is the name and the features of
+    what it reads where that is not x.
+    """
+
+    def called(name: str) -> str:
+        return prefix + name + suffix
+
+    for name, tensor in (("weight", weight), ("a", a), ("b", b)):
+        check_float(called(name), tensor)
+        if tensor.ndim != 2:
+            raise ValueError(f"{called(name)} has {tensor.ndim} dimensions; wanted 2")
+    out_features, in_features = weight.shape
+    rank = a.shape[0]
+    read, features = projects or ("x", x.shape[-1])
+    if features != in_features:
+        raise ValueError(
+            f"{read} has {features} features; wanted {in_features}, "
+            f"as {called('weight')} (O, D) has"
+        )
+    check_alike(called("weight"), weight, "x", x)
+    check_constant(called("weight"), weight, "the base of a LoRA layer is frozen")
+    if rank < 1:
+        raise ValueError(f"{called('a')} has rank 0; wanted (R, D) with R >= 1")
+    check_shape(called("a"), a, (rank, in_features), "(R, D)")
+    check_shape(called("b"), b, (out_features, rank), "(O, R)")
+    for name, tensor in (("a", a), ("b", b)):
+        if tensor.dtype != torch.float32 or x.dtype == torch.float64:
+            check_alike(called(name), tensor, "x", x)
+        elif tensor.device != x.device:
+            raise ValueError(f"{called(name)} is on {tensor.device} and x on {x.device}")
+    if bias is not None:
+        check_float(called("bias"), bias)
+        check_shape(called("bias"), bias, (out_features,), "(O,)")

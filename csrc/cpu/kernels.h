@@ -14,6 +14,7 @@
 namespace perl_kernels::cpu {
 
 enum class Dtype : int { float32, bfloat16, float16 };
+enum class Activation : int { silu, gelu_tanh };
 
 // Incoming gradients and saved statistics of one row, for `gradient`.
 struct GradientRow {
@@ -76,6 +77,12 @@ struct Kernels {
       float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column);
 
   // The rows below hold n valid floats in room for n rounded up to 16.
+
+  // h = act(gate) up; h may be gate.
+  void (*gated)(const float* gate, const float* up, int64_t n, Activation activation, float* h);
+
+  // In place, from dh: gate becomes dgate, up becomes dup and dh becomes h.
+  void (*gated_gradient)(float* gate, float* up, float* dh, int64_t n, Activation activation);
 
   // z = (raw + bias) / temperature in place, or with a softcap tanh((raw + bias) / softcap), from
   // which both the logit and its slope are exact; bias may be null. The room after n becomes -inf.

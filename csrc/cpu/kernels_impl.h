@@ -489,7 +489,7 @@ void drop(
 }
 
 // ------------------------------------------------------------------------------------------------
-// Softmax rows
+// Exponentials
 // ------------------------------------------------------------------------------------------------
 
 // e^x to about one rounding; 0 below -87.3, NaN for NaN, no more than e^88.
@@ -524,6 +524,53 @@ PERL_INLINE Floats tanh(Floats x) {
   const Floats near = p * s * x + x;
   return magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
 }
+
+// ------------------------------------------------------------------------------------------------
+// Gated activations. Both are act(g) = g sigmoid(v): v = g, or with (1 + tanh(t)) / 2 = sigmoid(2 t)
+// v = 2 sqrt(2 / pi) (g + 0.044715 g^3).
+// ------------------------------------------------------------------------------------------------
+
+constexpr float GELU_SLOPE = 1.5957691216f, GELU_CUBE = 0.044715f;
+
+template <bool SILU>
+PERL_INLINE Floats exp_of_minus_v(Floats g) {
+  return exp(SILU ? -g : -GELU_SLOPE * (g + GELU_CUBE * (g * g * g)));
+}
+
+template <bool SILU>
+void gated_row(const float* gate, const float* up, int64_t n, float* h) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats g = load(gate + i);
+    store(h + i, g / (1.0f + exp_of_minus_v<SILU>(g)) * load(up + i));
+  }
+}
+
+void gated(const float* gate, const float* up, int64_t n, Activation activation, float* h) {
+  (activation == Activation::silu ? gated_row<true> : gated_row<false>)(gate, up, n, h);
+}
+
+template <bool SILU>
+void gated_gradient_row(float* gate, float* up, float* dh, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats g = load(gate + i), u = load(up + i), d = load(dh + i);
+    const Floats e = exp_of_minus_v<SILU>(g), sigmoid = 1.0f / (1.0f + e), act = g * sigmoid;
+    // act' = sigmoid + g sigmoid (1 - sigmoid) v', and 1 - sigmoid = e sigmoid
+    const Floats dv = SILU ? all(1.0f) : GELU_SLOPE * (1.0f + 3.0f * GELU_CUBE * (g * g));
+    const Floats slope = sigmoid + act * (e * sigmoid) * dv;
+    store(gate + i, d * u * slope);
+    store(up + i, d * act);
+    store(dh + i, act * u);
+  }
+}
+
+void gated_gradient(float* gate, float* up, float* dh, int64_t n, Activation activation) {
+  (activation == Activation::silu ? gated_gradient_row<true>
+                                  : gated_gradient_row<false>)(gate, up, dh, n);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Softmax rows
+// ------------------------------------------------------------------------------------------------
 
 PERL_INLINE float logit_unit(float temperature, float softcap) {
   return softcap > 0.0f ? softcap / temperature : 1.0f;
@@ -661,7 +708,8 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
-    to_float, from_float, accumulate, dots, drop, transform, fold, fold_pair, weigh, gradient,
+    to_float, from_float, accumulate, dots, drop, gated, gated_gradient, transform, fold, fold_pair,
+    weigh, gradient,
 };
 
 }  // namespace perl_kernels::cpu

@@ -288,4 +288,102 @@ void ColumnsOfDx::multiply(
       rows.length, tile, TILE_COLUMNS, true);
 }
 
+namespace {
+
+// Rows first .. first + count of x with dropped elements 0, in x's dtype.
+Tensor drop_rows(const Tensor& x, const Dropout& dropout, int64_t first, int64_t count) {
+  const Matrix view(x);
+  Tensor out = at::empty({count, view.columns}, x.options());
+  Buffer row(view.columns);
+  for (int64_t n = 0; n < count; ++n) {
+    kernels().to_float(
+        view.at(first + n, 0), view.dtype, view.column_stride, view.columns, row.data());
+    dropout.apply(row.data(), view.columns, first + n, 0);
+    store_tile(row.data(), view.columns, 1, view.columns, out, n, 0);
+  }
+  return out;
+}
+
+}  // namespace
+
+void pack_x(
+    const Wide& wide, const Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
+    const Blocks& blocks, int64_t row, PackedRows& rows, Tensor& s) {
+  const int64_t L = rows.length, panel = kernels().row_panel;
+  blocks.stretches([&](int64_t first, int64_t count) {
+    const int64_t from = row + first;
+    pack(wide.view(x), from, count, 0, L, panel, rows.at(first), rows.stride());
+    if (!dropout.active()) {
+      columns.multiply(rows.at(first), rows.stride(), 1.0f, first, count, rows, s, from);
+      return;
+    }
+    const Tensor dropped_rows = drop_rows(x, dropout, from, count);
+    Buffer input(TILE_ROWS * L);
+    pack(wide.view(dropped_rows), 0, count, 0, L, panel, input.data(), L * panel);
+    columns.multiply(input.data(), L * panel, dropout.gain(), first, count, rows, s, from);
+  });
+}
+
+void pack_dy(
+    const Wide& wide, TensorList dy, const ColumnsOfDs& columns, const Blocks& blocks,
+    int64_t row, PackedRows& rows, Tensor& ds) {
+  blocks.stretches([&](int64_t first, int64_t count) {
+    int64_t start = 0;
+    for (const Tensor& dy_i : dy) {
+      const int64_t length = wide.length(dy_i.size(1));
+      pack(
+          wide.view(dy_i), row + first, count, 0, length, kernels().row_panel,
+          rows.at(first, start), rows.stride());
+      start += length;
+    }
+    columns.multiply(first, count, rows, ds, row + first);
+  });
+}
+
+void write_y(
+    const Wide& wide, const Projections& p, PackedRows& rows, const Blocks& blocks, int64_t row,
+    std::vector<Tensor>& y) {
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < p.count(); ++i) add_tiles(i, y[i].size(1), TILE_COLUMNS, tiles);
+  blocks.items(tiles, [&](int64_t begin, int64_t end) {
+    ColumnsOfY columns(wide, p, TILE_COLUMNS);
+    Buffer tile(TILE_ROWS * TILE_COLUMNS);
+    int64_t packed_tile = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const auto [i, column, count] = tiles[item / blocks.count];
+      if (packed_tile != item / blocks.count) {
+        packed_tile = item / blocks.count;
+        columns.pack(i, column, count);
+      }
+      const int64_t first = item % blocks.count * blocks.size;
+      const int64_t n = blocks.rows_of(item % blocks.count);
+      columns.multiply(rows, first, n, tile.data());
+      store_tile(tile.data(), TILE_COLUMNS, n, count, y[i], row + first, column);
+    }
+  });
+}
+
+void write_dx(
+    const Wide& wide, const Projections& p, const Dropout& dropout, PackedRows& rows,
+    const Blocks& blocks, int64_t row, Tensor& dx) {
+  std::vector<Tile> tiles;
+  add_tiles(0, dx.size(1), TILE_COLUMNS, tiles);
+  blocks.items(tiles, [&](int64_t begin, int64_t end) {
+    ColumnsOfDx columns(wide, p, dropout, TILE_COLUMNS);
+    Buffer tile(TILE_ROWS * TILE_COLUMNS);
+    int64_t packed_tile = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const auto [_, column, count] = tiles[item / blocks.count];
+      if (packed_tile != item / blocks.count) {
+        packed_tile = item / blocks.count;
+        columns.pack(column, count);
+      }
+      const int64_t first = item % blocks.count * blocks.size;
+      const int64_t n = blocks.rows_of(item % blocks.count);
+      columns.multiply(rows, first, n, row + first, tile.data());
+      store_tile(tile.data(), TILE_COLUMNS, n, count, dx, row + first, column);
+    }
+  });
+}
+
 }  // namespace perl_kernels::cpu

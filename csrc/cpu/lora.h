@@ -123,6 +123,20 @@ struct Blocks {
   }
 };
 
+// Calls work(tiles) on the even tiles of each thread's own share of `size` columns.
+template <class Work>
+void parallel_by_columns(int64_t size, int64_t most, const Work& work) {
+  const int64_t panel = kernels().column_panel, panels = ceil_div(size, panel);
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = panels * begin / threads * panel;
+    std::vector<Tile> tiles;
+    add_tiles(0, std::min(panels * end / threads * panel, size) - first, most, tiles);
+    for (Tile& tile : tiles) tile.first += first;
+    if (!tiles.empty()) work(tiles);
+  });
+}
+
 // ------------------------------------------------------------------------------------------------
 // By tiles: packed operands
 // ------------------------------------------------------------------------------------------------
@@ -228,5 +242,22 @@ class ColumnsOfDx {
 
 // Where each dy_i starts among the floats of a packed row, and the length of all.
 std::vector<int64_t> starts_of(const Wide& wide, const Projections& p);
+
+// The rows of a group, from row `row` on, packed: [x | s] with s = dropout(x) a^T, which is stored
+// too; [dy | ds] with ds = scale dy b, likewise.
+void pack_x(
+    const Wide& wide, const at::Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
+    const Blocks& blocks, int64_t row, PackedRows& rows, at::Tensor& s);
+void pack_dy(
+    const Wide& wide, at::TensorList dy, const ColumnsOfDs& columns, const Blocks& blocks,
+    int64_t row, PackedRows& rows, at::Tensor& ds);
+
+// From them, these rows of y, or of dx.
+void write_y(
+    const Wide& wide, const Projections& p, PackedRows& rows, const Blocks& blocks, int64_t row,
+    std::vector<at::Tensor>& y);
+void write_dx(
+    const Wide& wide, const Projections& p, const Dropout& dropout, PackedRows& rows,
+    const Blocks& blocks, int64_t row, at::Tensor& dx);
 
 }  // namespace perl_kernels::cpu

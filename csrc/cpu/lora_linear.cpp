@@ -33,32 +33,13 @@ std::tuple<Tensor, Tensor> backward_by_aten(
   return {ds, dx};
 }
 
-// Rows first .. first + count of x with dropped elements 0, in x's dtype.
-Tensor drop_rows(const Tensor& x, const Dropout& dropout, int64_t first, int64_t count) {
-  const Matrix view(x);
-  Tensor out = at::empty({count, view.columns}, x.options());
-  Buffer row(view.columns);
-  for (int64_t n = 0; n < count; ++n) {
-    kernels().to_float(
-        view.at(first + n, 0), view.dtype, view.column_stride, view.columns, row.data());
-    dropout.apply(row.data(), view.columns, first + n, 0);
-    store_tile(row.data(), view.columns, 1, view.columns, out, n, 0);
-  }
-  return out;
-}
-
 std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
     const Tensor& x, const Projections& p, const Dropout& dropout) {
-  const Kernels& table = kernels();
-  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t N = x.size(0);
   const Wide wide({x, p.weight});
-  const int64_t L = wide.length(D);
+  const int64_t L = wide.length(x.size(1));
   std::vector<Tensor> y;
-  std::vector<Tile> tiles;
-  for (int64_t i = 0; i < p.count(); ++i) {
-    y.push_back(at::empty({N, p.weight[i].size(0)}, x.options()));
-    add_tiles(i, p.weight[i].size(0), TILE_COLUMNS, tiles);
-  }
+  for (const Tensor& w : p.weight) y.push_back(at::empty({N, w.size(0)}, x.options()));
   Tensor s = at::empty({N, p.rank()}, x.options());
 
   const ColumnsOfS columns_of_s(wide, p);
@@ -66,37 +47,8 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
   PackedRows rows(at_once, L, p.rank());
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-
-    blocks.stretches([&](int64_t first, int64_t count) {
-      const int64_t row = group + first;
-      pack(wide.view(x), row, count, 0, L, table.row_panel, rows.at(first), rows.stride());
-      if (!dropout.active()) {
-        columns_of_s.multiply(rows.at(first), rows.stride(), 1.0f, first, count, rows, s, row);
-        return;
-      }
-      const Tensor dropped_rows = drop_rows(x, dropout, row, count);
-      Buffer input(TILE_ROWS * L);
-      const int64_t stride = L * table.row_panel;
-      pack(wide.view(dropped_rows), 0, count, 0, L, table.row_panel, input.data(), stride);
-      columns_of_s.multiply(input.data(), stride, dropout.gain(), first, count, rows, s, row);
-    });
-
-    blocks.items(tiles, [&](int64_t begin, int64_t end) {
-      ColumnsOfY columns(wide, p, TILE_COLUMNS);
-      Buffer tile(TILE_ROWS * TILE_COLUMNS);
-      int64_t packed_tile = -1;
-      for (int64_t item = begin; item < end; ++item) {
-        const auto [i, first, count] = tiles[item / blocks.count];
-        if (packed_tile != item / blocks.count) {
-          packed_tile = item / blocks.count;
-          columns.pack(i, first, count);
-        }
-        const int64_t row = item % blocks.count * blocks.size;
-        const int64_t n = blocks.rows_of(item % blocks.count);
-        columns.multiply(rows, row, n, tile.data());
-        store_tile(tile.data(), TILE_COLUMNS, n, count, y[i], group + row, first);
-      }
-    });
+    pack_x(wide, x, dropout, columns_of_s, blocks, group, rows, s);
+    write_y(wide, p, rows, blocks, group, y);
   }
   return {y, s};
 }
@@ -104,48 +56,19 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
 // (ds, dx)
 std::tuple<Tensor, Tensor> backward_by_tiles(
     TensorList dy, const Tensor& x, const Projections& p, const Dropout& dropout, bool need_dx) {
-  const Kernels& table = kernels();
-  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t N = x.size(0);
   const Wide wide({dy, p.weight});
-  const std::vector<int64_t> starts = starts_of(wide, p);
-  const int64_t L = starts.back();
-  Tensor dx = at::empty(need_dx ? at::IntArrayRef{N, D} : at::IntArrayRef{0}, x.options());
+  const int64_t L = starts_of(wide, p).back();
+  Tensor dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
   Tensor ds = at::empty({N, p.rank()}, x.options().dtype(at::kFloat));
 
   const ColumnsOfDs columns_of_ds(wide, p);
-  std::vector<Tile> tiles;
-  add_tiles(0, D, TILE_COLUMNS, tiles);
   const int64_t at_once = rows_at_once(N, (L + p.rank()) * sizeof(float), PACKED_BYTES);
   PackedRows rows(at_once, L, p.rank());
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-
-    blocks.stretches([&](int64_t first, int64_t count) {
-      for (int64_t i = 0; i < p.count(); ++i) {
-        pack(
-            wide.view(dy[i]), group + first, count, 0, starts[i + 1] - starts[i], table.row_panel,
-            rows.at(first, starts[i]), rows.stride());
-      }
-      columns_of_ds.multiply(first, count, rows, ds, group + first);
-    });
-
-    if (!need_dx) continue;
-    blocks.items(tiles, [&](int64_t begin, int64_t end) {
-      ColumnsOfDx columns(wide, p, dropout, TILE_COLUMNS);
-      Buffer tile(TILE_ROWS * TILE_COLUMNS);
-      int64_t packed_tile = -1;
-      for (int64_t item = begin; item < end; ++item) {
-        const auto [_, first, count] = tiles[item / blocks.count];
-        if (packed_tile != item / blocks.count) {
-          packed_tile = item / blocks.count;
-          columns.pack(first, count);
-        }
-        const int64_t row = item % blocks.count * blocks.size;
-        const int64_t n = blocks.rows_of(item % blocks.count);
-        columns.multiply(rows, row, n, group + row, tile.data());
-        store_tile(tile.data(), TILE_COLUMNS, n, count, dx, group + row, first);
-      }
-    });
+    pack_dy(wide, dy, columns_of_ds, blocks, group, rows, ds);
+    if (need_dx) write_dx(wide, p, dropout, rows, blocks, group, dx);
   }
   return {ds, dx};
 }

@@ -27,15 +27,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .._arguments import (
-    FLOATS,
-    autocast,
-    check_alike,
-    check_constant,
-    check_float,
-    check_range,
-    check_shape,
-)
+from .._arguments import FLOATS, autocast, check_float, check_projection, check_range
 from .._dropout import new_seed
 from . import op as _op  # noqa: F401 - registers the op
 
@@ -105,7 +97,9 @@ def _lora_linear(
         ]
     seed = new_seed(x.device) if dropout_p > 0.0 else None
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = torch.ops.perl_kernels.lora_linear(flat, weight, bias, a, b, scale, dropout_p, seed)
+    y, _ = torch.ops.perl_kernels.lora_linear(
+        flat, weight, bias, a, b, [float(k) for k in scale], dropout_p, seed
+    )
     return tuple(y) if flat is x else tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in y)
 
 
@@ -145,34 +139,5 @@ def _checked(x, weight, a, b, bias, dropout_p) -> tuple[Tensor, ...]:
     check_range("dropout_p", dropout_p, 0.0, 1.0, "a probability in [0, 1)")
     for i in range(len(weight)):
         at = f"[{i}]" if len(weight) > 1 else ""
-        _check_projection(at, x, weight[i], a[i], b[i], bias[i])
+        check_projection(x, weight[i], a[i], b[i], bias[i], suffix=at)
     return x, *weight
-
-
-def _check_projection(
-    at: str, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
-) -> None:
-    for name, tensor in (("weight", weight), ("a", a), ("b", b)):
-        check_float(name + at, tensor)
-        if tensor.ndim != 2:
-            raise ValueError(f"{name}{at} has {tensor.ndim} dimensions; wanted 2")
-    out_features, in_features = weight.shape
-    rank = a.shape[0]
-    if x.shape[-1] != in_features:
-        raise ValueError(
-            f"x has {x.shape[-1]} features; wanted {in_features}, as weight{at} (O, D) has"
-        )
-    check_alike("weight" + at, weight, "x", x)
-    check_constant("weight" + at, weight, "the base of a LoRA layer is frozen")
-    if rank < 1:
-        raise ValueError(f"a{at} has rank 0; wanted (R, D) with R >= 1")
-    check_shape("a" + at, a, (rank, in_features), "(R, D)")
-    check_shape("b" + at, b, (out_features, rank), "(O, R)")
-    for name, tensor in (("a", a), ("b", b)):
-        if tensor.dtype != torch.float32 or x.dtype == torch.float64:
-            check_alike(name + at, tensor, "x", x)
-        elif tensor.device != x.device:
-            raise ValueError(f"{name}{at} is on {tensor.device} and x on {x.device}")
-    if bias is not None:
-        check_float("bias" + at, bias)
-        check_shape("bias" + at, bias, (out_features,), "(O,)")
