@@ -139,7 +139,7 @@ def at(ptr, rows, columns, stride_row, stride_column):
 
 
 # ------------------------------------------------------------------------------------------------
-# Dropout: the words of _dropout.philox_words
+# Dropout: the numbers of _dropout.keep_mask
 # ------------------------------------------------------------------------------------------------
 
 
@@ -147,13 +147,14 @@ def at(ptr, rows, columns, stride_row, stride_column):
 def keep(seed, rows, first_column, threshold, BLOCK_D: tl.constexpr):
     """(rows, BLOCK_D) bool: which elements of rows x (first_column + 0..BLOCK_D) are kept.
 
-    One Philox call makes four neighbouring columns, so first_column is a multiple of 4.
+    One Philox call makes eight neighbouring columns, so first_column is a multiple of 8.
     """
-    groups = first_column // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
+    groups = first_column // 8 + tl.arange(0, BLOCK_D // 8)[None, :]
     zero = groups * 0
-    w0, w1, w2, w3 = tl.philox(seed, groups, rows[:, None], zero, zero)
+    w0, w1, w2, w3 = tl.philox(seed, groups, rows[:, None], zero, zero, n_rounds=7)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= tl.cast(threshold, tl.uint32)
+    numbers = tl.interleave(words & 0xFFFF, words >> 16)
+    return numbers >= tl.cast(threshold, tl.uint32)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -71,10 +71,11 @@ struct Kernels {
       Dtype dtype, int64_t right_stride, int64_t count, int64_t n, float* out, int64_t ld_out,
       bool add);
 
-  // Zero the elements of row[column .. column + n) whose Philox word is below threshold; values
-  // points at `column`, a multiple of 4. The words are those of perl_kernels/_dropout.py.
+  // Zero the elements of row[column .. column + n) whose random number is below threshold; values
+  // points at `column`, a multiple of 8. The numbers are those of perl_kernels/_dropout.py.
   void (*drop)(
-      float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column);
+      void* values, Dtype dtype, int64_t n, uint64_t seed, uint16_t threshold, int64_t row,
+      int64_t column);
 
   // The rows below hold n valid floats in room for n rounded up to 16.
 

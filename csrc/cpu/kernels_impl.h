@@ -412,10 +412,14 @@ void dots(
 }
 
 // ------------------------------------------------------------------------------------------------
-// Dropout: Philox-4x32-10 of counter (column / 4, row, 0, 0). A lane of 64 bits holds one word of
-// one counter in its low half; what is left in the high half is never looked at.
+// Dropout: Philox-4x32-7 of counter (column / 8, row, 0, 0), 16 bits for each of 8 columns. A lane
+// of 64 bits holds one word of one counter in its low half; what is left in the high half is never
+// looked at.
 // ------------------------------------------------------------------------------------------------
 
+typedef uint16_t Numbers __attribute__((vector_size(4 * W)));
+typedef int16_t Keeps __attribute__((vector_size(4 * W), may_alias));
+typedef int16_t SignedHalves __attribute__((vector_size(2 * W), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(4 * W)));
 typedef long long SignedLongs __attribute__((vector_size(4 * W)));
 
@@ -442,21 +446,23 @@ constexpr SignedLongs LOW_LONGS = {0, 8, 1, 9, 2, 10, 3, 11};
 constexpr SignedLongs HIGH_LONGS = {4, 12, 5, 13, 6, 14, 7, 15};
 #endif
 
-void drop(
-    float* values, int64_t n, uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
+// keeps[i] = all bits set where element column + i of the row is kept, i < n; room for n rounded
+// up to a multiple of 8 W.
+PERL_INLINE void keep(
+    int64_t n, uint64_t seed, uint16_t threshold, int64_t row, int64_t column, uint16_t* keeps) {
   constexpr int64_t LANES = W / 2, SETS = 2;  // two sets of counters hide the latency of products
   Longs counters;
   for (int64_t i = 0; i < LANES; ++i) counters[i] = i;
-  for (int64_t first = 0; first < n; first += SETS * 2 * W) {
+  for (int64_t first = 0; first < n; first += SETS * 4 * W) {
     Longs c0[SETS], c1[SETS], c2[SETS], c3[SETS];
     for (int64_t s = 0; s < SETS; ++s) {
-      c0[s] = counters + static_cast<uint64_t>((column + first) / 4 + s * LANES);
+      c0[s] = counters + static_cast<uint64_t>((column + first) / 8 + s * LANES);
       c1[s] = Longs{} + static_cast<uint32_t>(row);
       c2[s] = c3[s] = Longs{};
     }
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round) {
 #pragma GCC unroll 2
       for (int64_t s = 0; s < SETS; ++s) {
         const Longs product0 = multiply_low_words(c0[s], 0xD2511F53);
@@ -469,21 +475,37 @@ void drop(
       key0 += 0x9E3779B9;
       key1 += 0xBB67AE85;
     }
-    Words words[2 * SETS];
     for (int64_t s = 0; s < SETS; ++s) {
       const Longs pairs0 = (c0[s] & 0xFFFFFFFF) | (c1[s] << 32);
       const Longs pairs1 = (c2[s] & 0xFFFFFFFF) | (c3[s] << 32);
-      words[2 * s] = (Words)__builtin_shuffle(pairs0, pairs1, LOW_LONGS);
-      words[2 * s + 1] = (Words)__builtin_shuffle(pairs0, pairs1, HIGH_LONGS);
+      uint16_t* to = keeps + first + s * 4 * W;
+      *reinterpret_cast<Keeps*>(to) =
+          (Numbers)__builtin_shuffle(pairs0, pairs1, LOW_LONGS) >= threshold;
+      *reinterpret_cast<Keeps*>(to + 2 * W) =
+          (Numbers)__builtin_shuffle(pairs0, pairs1, HIGH_LONGS) >= threshold;
     }
-    for (int64_t v = 0; v < 2 * SETS; ++v) {
-      float* to = values + first + v * W;
-      const int64_t left = n - first - v * W;
-      if (left >= W) {
-        store(to, words[v] >= threshold ? load(to) : Floats{});
-      } else {
-        for (int64_t i = 0; i < left; ++i) to[i] = words[v][i] >= threshold ? to[i] : 0.0f;
+  }
+}
+
+void drop(
+    void* values, Dtype dtype, int64_t n, uint64_t seed, uint16_t threshold, int64_t row,
+    int64_t column) {
+  constexpr int64_t STEP = 1024;  // a multiple of what `keep` makes at once
+  alignas(64) uint16_t keeps[STEP];
+  for (int64_t first = 0; first < n; first += STEP) {
+    const int64_t count = n - first < STEP ? n - first : STEP;
+    keep(count, seed, threshold, row, column + first, keeps);
+    if (dtype == Dtype::float32) {
+      float* to = static_cast<float*>(values) + first;
+      int64_t i = 0;
+      for (; i + W <= count; i += W) {
+        const SignedHalves kept = *reinterpret_cast<const SignedHalves*>(keeps + i);
+        store(to + i, (Floats)((Ints)load(to + i) & __builtin_convertvector(kept, Ints)));
       }
+      for (; i < count; ++i) to[i] = keeps[i] != 0 ? to[i] : 0.0f;
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(values) + first;
+      for (int64_t i = 0; i < count; ++i) to[i] &= keeps[i];
     }
   }
 }

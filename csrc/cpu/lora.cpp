@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 
+#include <cstring>
+
 namespace perl_kernels::cpu {
 
 using at::Tensor;
@@ -11,7 +13,7 @@ bool better_by_aten(const Tensor& x) {
   if (x.size(0) < 4) return true;
   if (x.scalar_type() == at::kFloat) return !beats_library_in_float32();
   if (x.scalar_type() != at::kBFloat16) return false;
-  return has_bfloat16_tiles() || (kernels().multiply_pairs != nullptr && x.size(0) < 192);
+  return has_bfloat16_tiles() || (kernels().multiply_pairs != nullptr && x.size(0) <= 256);
 }
 
 Projections::Projections(
@@ -52,17 +54,34 @@ std::vector<Tensor> gradients_of_b(TensorList dy, const Tensor& s, const Project
 // By ATen
 // ------------------------------------------------------------------------------------------------
 
+namespace {
+
+// Row `row` of x with dropped elements 0 and the others times `gain`, in x's dtype.
+void drop_row(const Matrix& x, const Dropout& dropout, int64_t row, float gain, char* to) {
+  const Kernels& table = kernels();
+  if (x.column_stride == 1 && gain == 1.0f) {
+    std::memcpy(to, x.at(row, 0), x.columns * x.element_size());
+  } else {
+    Buffer floats(x.columns);
+    table.to_float(x.at(row, 0), x.dtype, x.column_stride, x.columns, floats.data());
+    for (int64_t i = 0; i < x.columns; ++i) floats.data()[i] *= gain;
+    table.from_float(floats.data(), x.columns, x.dtype, to);
+  }
+  dropout.apply(to, x.dtype, x.columns, row, 0);
+}
+
+char* row_of(Tensor& out, int64_t row) {
+  return static_cast<char*>(out.mutable_data_ptr()) + row * out.stride(0) * out.element_size();
+}
+
+}  // namespace
+
 Tensor dropped(const Tensor& x, const Dropout& dropout) {
-  const int64_t D = x.size(1);
   Tensor out = at::empty(x.sizes(), x.options());
   const Matrix view(x);
   at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
-    Buffer row(D);
     for (int64_t n = begin; n < end; ++n) {
-      kernels().to_float(view.at(n, 0), view.dtype, view.column_stride, D, row.data());
-      dropout.apply(row.data(), D, n, 0);
-      for (int64_t i = 0; i < D; ++i) row.data()[i] *= dropout.gain();
-      store_tile(row.data(), D, 1, D, out, n, 0);
+      drop_row(view, dropout, n, dropout.gain(), row_of(out, n));
     }
   });
   return out;
@@ -280,7 +299,8 @@ void ColumnsOfDx::multiply(
       TILE_COLUMNS, false);
   if (dropout_.active()) {
     for (int64_t n = 0; n < count; ++n) {
-      dropout_.apply(tile + n * TILE_COLUMNS, columns_, row + n, first_);
+      dropout_.apply(
+          tile + n * TILE_COLUMNS, Dtype::float32, columns_, row + n, first_);
     }
   }
   wide_.multiply(
@@ -290,17 +310,11 @@ void ColumnsOfDx::multiply(
 
 namespace {
 
-// Rows first .. first + count of x with dropped elements 0, in x's dtype.
+// Rows first .. first + count of x with dropped elements 0.
 Tensor drop_rows(const Tensor& x, const Dropout& dropout, int64_t first, int64_t count) {
   const Matrix view(x);
   Tensor out = at::empty({count, view.columns}, x.options());
-  Buffer row(view.columns);
-  for (int64_t n = 0; n < count; ++n) {
-    kernels().to_float(
-        view.at(first + n, 0), view.dtype, view.column_stride, view.columns, row.data());
-    dropout.apply(row.data(), view.columns, first + n, 0);
-    store_tile(row.data(), view.columns, 1, view.columns, out, n, 0);
-  }
+  for (int64_t n = 0; n < count; ++n) drop_row(view, dropout, first + n, 1.0f, row_of(out, n));
   return out;
 }
 

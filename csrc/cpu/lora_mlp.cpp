@@ -269,7 +269,8 @@ void forward_by_tiles(const Tensor& x, const Block& block, Kept& kept, Tensor& y
         t.pack_rows(wide, t.h, n, count, h_rows.at(first, k), h_rows.stride());
         if (!drops) continue;
         for (int64_t row = 0; row < n; ++row) {
-          block.drop_h.apply(t.h.data() + row * TILE_COLUMNS, count, group + first + row, column);
+          block.drop_h.apply(
+              t.h.data() + row * TILE_COLUMNS, Dtype::float32, count, group + first + row, column);
         }
         t.pack_rows(wide, t.h, n, count, dropped_rows.at(first, k), dropped_rows.stride());
       }
@@ -361,7 +362,8 @@ void backward_by_tiles(
           if (!needs.dab) continue;
           if (block.drop_h.active()) {
             for (int64_t i = 0; i < n; ++i) {
-              block.drop_h.apply(t.h.data() + i * TILE_COLUMNS, count, row + i, column);
+              block.drop_h.apply(
+                    t.h.data() + i * TILE_COLUMNS, Dtype::float32, count, row + i, column);
             }
           }
           t.add_product(

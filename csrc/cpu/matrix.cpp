@@ -80,7 +80,7 @@ void load_strip(const Matrix& m, int64_t p, int64_t k, bool along_k, int64_t n, 
   }
   if (m.dropout != nullptr) {
     const int64_t row = m.transposed ? k : p, column = m.transposed ? p : k;
-    m.dropout->apply(to, n, row, column);
+    m.dropout->apply(to, Dtype::float32, n, row, column);
   }
 }
 
@@ -229,7 +229,71 @@ void pack(
   along_p(m, p, p_count, k, k_count, to, panel_stride);
 }
 
+namespace {
+
+// The same where big is bfloat16, contiguous in columns, and the processor multiplies pairs of it.
+void transposed_product_of_pairs(
+    const Matrix& small, const Matrix& big, float alpha, at::Tensor& out) {
+  constexpr int64_t ROWS_AT_ONCE = 240;
+  const Kernels& table = kernels();
+  const int64_t N = small.rows, R = small.columns, C = big.columns;
+  const int64_t tile_columns =
+      even_share(ceil_div(C, at::get_num_threads()), TILE_COLUMNS, table.column_panel);
+  const int64_t row_panels = ceil_div(R, table.row_panel);
+
+  Buffer rounded(ceil_div(N * R, 2)), packed(row_panels * table.row_panel * ceil_div(N, 2));
+  at::BFloat16* rows = reinterpret_cast<at::BFloat16*>(rounded.data());
+  at::parallel_for(0, N, 256, [&](int64_t begin, int64_t end) {
+    Buffer row(R);
+    for (int64_t n = begin; n < end; ++n) {
+      table.to_float(small.at(n, 0), small.dtype, small.column_stride, R, row.data());
+      table.from_float(row.data(), R, Dtype::bfloat16, rows + n * R);
+    }
+  });
+  const Matrix left(rows, N, R);
+  const int64_t left_stride = ceil_div(N, 2) * table.row_panel;
+  pack_pairs_of_rows(left, 0, R, 0, N, table.row_panel, packed.data(), left_stride);
+
+  at::parallel_for(0, ceil_div(C, tile_columns), 1, [&](int64_t begin, int64_t end) {
+    Buffer columns_packed(tile_columns * ROWS_AT_ONCE / 2);
+    Buffer sum(row_panels * table.row_panel * tile_columns);
+    Buffer kept(big.dropout != nullptr ? ROWS_AT_ONCE * tile_columns / 2 : 0);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t column = tile * tile_columns, columns = std::min(tile_columns, C - column);
+      for (int64_t first = 0; first < N; first += ROWS_AT_ONCE) {
+        const int64_t count = std::min(ROWS_AT_ONCE, N - first);
+        const int64_t stride = ceil_div(count, 2) * table.column_panel;
+        Matrix right = big;
+        int64_t p = column, k = first;
+        if (big.dropout != nullptr) {
+          at::BFloat16* to = reinterpret_cast<at::BFloat16*>(kept.data());
+          for (int64_t i = 0; i < count; ++i) {
+            std::memcpy(to + i * columns, big.at(first + i, column), 2 * columns);
+            big.dropout->apply(to + i * columns, Dtype::bfloat16, columns, first + i, column);
+          }
+          right = Matrix(to, count, columns);
+          p = k = 0;
+        }
+        pack_pairs_of_rows(
+            right, p, columns, k, count, table.column_panel, columns_packed.data(), stride);
+        table.multiply_pairs(
+            packed.data() + first / 2 * table.row_panel, row_panels, left_stride,
+            columns_packed.data(), ceil_div(columns, table.column_panel), stride,
+            ceil_div(count, 2), sum.data(), tile_columns, first > 0);
+      }
+      for (int64_t i = 0; i < R * tile_columns; ++i) sum.data()[i] *= alpha;
+      store_tile(sum.data(), tile_columns, R, columns, out, 0, column);
+    }
+  });
+}
+
+}  // namespace
+
 void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out) {
+  if (kernels().multiply_pairs != nullptr && big.dtype == Dtype::bfloat16 &&
+      big.column_stride == 1 && small.rows > 0) {
+    return transposed_product_of_pairs(small, big, alpha, out);
+  }
   constexpr int64_t ROWS_PER_SUM = 120;
   const Kernels& table = kernels();
   const int64_t N = small.rows, R = small.columns, C = big.columns, width = table.row_panel;

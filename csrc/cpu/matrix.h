@@ -34,14 +34,14 @@ inline int64_t even_share(int64_t n, int64_t most, int64_t unit) {
 struct Dropout {
   double p = 0.0;
   uint64_t seed = 0;
-  uint32_t threshold = 0;
+  uint16_t threshold = 0;
   int64_t first_row = 0;  // the mask's row of row 0
 
   Dropout(double p, const std::optional<at::Tensor>& seed_tensor) : p(p) {
     if (p == 0.0) return;
     TORCH_CHECK_VALUE(seed_tensor.has_value(), "dropout_p is ", p, " and there is no seed");
     seed = static_cast<uint64_t>(seed_tensor->item<int64_t>());
-    threshold = static_cast<uint32_t>(p * 4294967296.0);
+    threshold = static_cast<uint16_t>(p * 65536.0);
   }
   bool active() const { return p > 0.0; }
   // What the kept elements are multiplied by.
@@ -53,8 +53,8 @@ struct Dropout {
     return other;
   }
   // Zeros dropped elements; see Kernels::drop.
-  void apply(float* values, int64_t n, int64_t row, int64_t column) const {
-    kernels().drop(values, n, seed, threshold, first_row + row, column);
+  void apply(void* values, Dtype dtype, int64_t n, int64_t row, int64_t column) const {
+    kernels().drop(values, dtype, n, seed, threshold, first_row + row, column);
   }
 };
 
@@ -70,6 +70,9 @@ struct Matrix {
   Matrix(const float* values, int64_t rows, int64_t columns, int64_t row_stride)
       : data(reinterpret_cast<const char*>(values)), dtype(Dtype::float32), rows(rows),
         columns(columns), row_stride(row_stride), column_stride(1) {}
+  Matrix(const at::BFloat16* values, int64_t rows, int64_t columns)
+      : data(reinterpret_cast<const char*>(values)), dtype(Dtype::bfloat16), rows(rows),
+        columns(columns), row_stride(columns), column_stride(1) {}
   explicit Matrix(const at::Tensor& tensor);
 
   Matrix t() const;
@@ -122,7 +125,8 @@ void pack(
     const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
     float* to, int64_t panel_stride);
 
-// out (R, C) = alpha * small (N, R)^T big (N, C), rounded once; big is read once and not packed.
+// out (R, C) = alpha * small (N, R)^T big (N, C), rounded once; big is read once. In pairs, small is
+// rounded to bfloat16 first.
 void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out);
 
 // Write rows of c (float, ldc) to `out`'s rows from `row` and columns from `column`; out is

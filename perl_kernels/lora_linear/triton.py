@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dropout import threshold_of
 from .._triton import at, dot, keep, on_device_of, pinned, precision
 
 # Up to this many tokens y is one fused kernel, bound by reading the weight; above, the library's
@@ -302,7 +303,7 @@ def _rank_block(rank: int, most: int) -> int:
 
 def _dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
     """seed, threshold and 1 / (1 - p), as `keep` wants them."""
-    return (seed, int(p * 2**32), 1.0 / (1.0 - p)) if p > 0.0 else (None, 0, 1.0)
+    return (seed, threshold_of(p), 1.0 / (1.0 - p)) if p > 0.0 else (None, 0, 1.0)
 
 
 def _sum(parts: Tensor, out: Tensor) -> None:

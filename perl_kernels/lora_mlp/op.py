@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import backend_of, define, define_compiled, implement
+from .._library import backend_of, define, define_twins, implement
 from .reference import activate
 
 # ------------------------------------------------------------------------------------------------
@@ -29,8 +29,8 @@ define(
     " Tensor s_down, Tensor[] gate_up, bool need_dx, bool need_dab, bool need_dbias)"
     " -> (Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias)"
 )
-define_compiled("lora_mlp", "cpu")
-define_compiled("lora_mlp_backward", "cpu")
+define_twins("lora_mlp", "cpu")
+define_twins("lora_mlp_backward", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
