@@ -3,6 +3,7 @@
 # make bench   benchmarks on this machine's CPU, JSON under benchmarks/results/
 # make gpu     on a GPU machine with torch, triton and nvcc: build in place, test, benchmark
 # make lint    ruff
+# make asan    the compiled CPU kernels under AddressSanitizer, scratch memory full of NaN
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
 MINUTES ?= 9
 
-.PHONY: setup demo test test-slow bench gpu lint clean
+.PHONY: setup demo test test-slow bench gpu lint asan clean
 
 setup: $(VENV)/ready
 
@@ -42,6 +43,15 @@ gpu:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A copy of the package under build/asan, so that the one in place stays as it is.
+asan: setup
+	PERL_KERNELS_BUILD=require PERL_KERNELS_SANITIZE=address \
+	  $(RUN) setup.py -q build --build-base build/asan-temp --build-lib build/asan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
+	$(BIN)/pytest -q -s -p no:cacheprovider -k "not instruction_set and not memory" \
+	  $(addprefix tests/test_,$(addsuffix .py,cpu_kernels lora_linear lora_mlp head log_prob))
 
 clean:
 	rm -rf build dist *.egg-info perl_kernels/*.so perl_kernels/_cpu.json perl_kernels/_cuda.json

@@ -8,6 +8,7 @@ csrc/cpu   with any C++ compiler. No -march=native: each instruction set is its 
 csrc/cuda  where nvcc and a CUDA build of torch are present.
 
 PERL_KERNELS_BUILD=none skips both, =cpu only csrc/cuda, =require fails where the CPU build fails.
+PERL_KERNELS_SANITIZE=address builds csrc/cpu with AddressSanitizer; see `make asan`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 WANTED = os.environ.get("PERL_KERNELS_BUILD", "auto")
+SANITIZE = os.environ.get("PERL_KERNELS_SANITIZE", "")
 
 
 def say(message: str) -> None:
@@ -34,12 +36,17 @@ def cpu_extension():
     # The C++ standard is the one that torch's headers ask for; BuildExtension adds it.
     # The sources use vector types of GCC and clang; other compilers end up with plain torch.
     flags = ["-O3", "-g0", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else [])]
+    links = []
+    if SANITIZE:
+        flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
+        links += [f"-fsanitize={SANITIZE}"]
     return CppExtension(
         "perl_kernels._cpu",
         [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cpu").glob("*.cpp"))],
         include_dirs=[str(ROOT / "csrc/cpu")],
         depends=[str(p) for p in (ROOT / "csrc/cpu").glob("*.h")],
         extra_compile_args=flags,
+        extra_link_args=links,
         optional=WANTED != "require",
     )
 

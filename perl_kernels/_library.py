@@ -205,6 +205,11 @@ def show_config() -> None:
         f"cpu        torch uses {torch.backends.cpu.get_cpu_capability()}{ours}, "
         f"{torch.get_num_threads()} threads"
     )
+    if ours:
+        print(
+            "           no packed copy of a weight is kept between calls; scratch: at most "
+            f"{torch.ops.perl_kernels.cpu_scratch_bytes() >> 20} MiB a thread"
+        )
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         memory = gpu.total_memory / 2**30
@@ -214,4 +219,5 @@ def show_config() -> None:
 
 
 define("cpu_capability() -> str")
+define("cpu_scratch_bytes() -> int")
 define("use_compiled_on_cpu(bool wanted) -> ()")

@@ -77,6 +77,7 @@ def test_show_config_says_what_is_here(capsys):
     printed = capsys.readouterr().out
     for word in ("torch " + torch.__version__, "triton", "cpu", "cuda", "threads"):
         assert word in printed
+    assert _library.missing["cpu"] or "scratch: at most 16 MiB a thread" in printed
 
 
 def run(code: str) -> subprocess.CompletedProcess:

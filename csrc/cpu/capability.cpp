@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels.h"
+#include "matrix.h"
 
 namespace perl_kernels::cpu {
 namespace {
@@ -66,6 +66,9 @@ bool has_bfloat16_tiles() {
   return cap() >= AVX512_BF16 && at::native::cpublas::could_pack(at::kBFloat16);
 }
 
-TORCH_LIBRARY_IMPL(perl_kernels, CatchAll, m) { m.impl("cpu_capability", cpu_capability); }
+TORCH_LIBRARY_IMPL(perl_kernels, CatchAll, m) {
+  m.impl("cpu_capability", cpu_capability);
+  m.impl("cpu_scratch_bytes", [] { return Buffer::KEPT_BYTES; });
+}
 
 }  // namespace perl_kernels::cpu

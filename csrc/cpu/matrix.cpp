@@ -3,6 +3,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 
 #include <cstring>
+#include <limits>
 #include <map>
 
 namespace perl_kernels::cpu {
@@ -147,6 +148,13 @@ void pack_along_p(
 
 namespace {
 
+// Under AddressSanitizer every scratch block is its own, and full of NaN.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool SANITIZED = true;
+#else
+constexpr bool SANITIZED = false;
+#endif
+
 // Blocks that one thread gave back, by size.
 struct Kept {
   std::multimap<int64_t, void*> blocks;
@@ -168,7 +176,7 @@ struct Kept {
   }
 
   bool keep(void* block, int64_t size) {
-    if (bytes + size > Buffer::KEPT_BYTES) return false;
+    if (SANITIZED || bytes + size > Buffer::KEPT_BYTES) return false;
     bytes += size;
     blocks.emplace(size, block);
     return true;
@@ -181,9 +189,10 @@ thread_local Kept kept;
 
 Buffer::Buffer(int64_t floats) {
   if (floats <= 0) return;
-  bytes_ = round_up(floats * static_cast<int64_t>(sizeof(float)), 64);
+  bytes_ = floats * static_cast<int64_t>(sizeof(float));
   void* block = kept.take(bytes_, &bytes_);
   data_ = static_cast<float*>(block != nullptr ? block : c10::alloc_cpu(bytes_));
+  if (SANITIZED) std::fill(data_, data_ + floats, std::numeric_limits<float>::quiet_NaN());
 }
 
 Buffer::Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
