@@ -54,6 +54,36 @@ def check_constant(name: str, tensor: Tensor | None, why: str) -> None:
         raise ValueError(f"{name} requires grad, and {why}; pass {name}.detach()")
 
 
+def check_adapter(
+    a: Tensor,  # (R, inputs)
+    b: Tensor,  # (outputs, R)
+    weight: Tensor,  # (outputs, inputs)
+    name: str,
+    x: Tensor,
+    letters: str,
+    *,
+    prefix: str = "",
+    suffix: str = "",
+) -> None:
+    """The two factors of an adapter on weight, in the dtype of its input x, called `name`, or in
+    float32. letters: of outputs and inputs; `prefix` and `suffix` go around a and b in errors."""
+    pair = ((prefix + "a" + suffix, a), (prefix + "b" + suffix, b))
+    for called, tensor in pair:
+        check_float(called, tensor)
+        if tensor.ndim != 2:
+            raise ValueError(f"{called} has {tensor.ndim} dimensions; wanted 2")
+    rank, (outputs, inputs) = a.shape[0], weight.shape
+    if rank < 1:
+        raise ValueError(f"{pair[0][0]} has rank 0; wanted (R, {letters[1]}) with R >= 1")
+    check_shape(pair[0][0], a, (rank, inputs), f"(R, {letters[1]})")
+    check_shape(pair[1][0], b, (outputs, rank), f"({letters[0]}, R)")
+    for called, tensor in pair:
+        if tensor.dtype != torch.float32 or x.dtype == torch.float64:
+            check_alike(called, tensor, name, x)
+        elif tensor.device != x.device:
+            raise ValueError(f"{called} is on {tensor.device} and {name} on {x.device}")
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, the tensors in its dtype, as torch's own matrix products take them."""
     device = next(t for t in tensors if t is not None).device.type
@@ -80,32 +110,19 @@ def check_projection(
     what it reads where that is not x.
     """
 
-    def called(name: str) -> str:
-        return prefix + name + suffix
-
-    for name, tensor in (("weight", weight), ("a", a), ("b", b)):
-        check_float(called(name), tensor)
-        if tensor.ndim != 2:
-            raise ValueError(f"{called(name)} has {tensor.ndim} dimensions; wanted 2")
+    called = prefix + "weight" + suffix
+    check_float(called, weight)
+    if weight.ndim != 2:
+        raise ValueError(f"{called} has {weight.ndim} dimensions; wanted 2")
     out_features, in_features = weight.shape
-    rank = a.shape[0]
     read, features = projects or ("x", x.shape[-1])
     if features != in_features:
         raise ValueError(
-            f"{read} has {features} features; wanted {in_features}, "
-            f"as {called('weight')} (O, D) has"
+            f"{read} has {features} features; wanted {in_features}, as {called} (O, D) has"
         )
-    check_alike(called("weight"), weight, "x", x)
-    check_constant(called("weight"), weight, "the base of a LoRA layer is frozen")
-    if rank < 1:
-        raise ValueError(f"{called('a')} has rank 0; wanted (R, D) with R >= 1")
-    check_shape(called("a"), a, (rank, in_features), "(R, D)")
-    check_shape(called("b"), b, (out_features, rank), "(O, R)")
-    for name, tensor in (("a", a), ("b", b)):
-        if tensor.dtype != torch.float32 or x.dtype == torch.float64:
-            check_alike(called(name), tensor, "x", x)
-        elif tensor.device != x.device:
-            raise ValueError(f"{called(name)} is on {tensor.device} and x on {x.device}")
+    check_alike(called, weight, "x", x)
+    check_constant(called, weight, "the base of a LoRA layer is frozen")
+    check_adapter(a, b, weight, "x", x, "OD", prefix=prefix, suffix=suffix)
     if bias is not None:
-        check_float(called("bias"), bias)
-        check_shape(called("bias"), bias, (out_features,), "(O,)")
+        check_float(prefix + "bias" + suffix, bias)
+        check_shape(prefix + "bias" + suffix, bias, (out_features,), "(O,)")

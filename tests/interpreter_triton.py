@@ -261,6 +261,24 @@ def test_linear_log_prob(sizes, options, dtype):
     )
 
 
+def test_an_adapter_on_the_head_runs_in_plain_torch(monkeypatch):
+    """There are no kernels for it: the answer is right, and none of them is called."""
+    monkeypatch.setattr(head_kernels, "stats", None)
+    monkeypatch.setattr(head_kernels, "grad", None)
+    tensors = make_head(9, 24, 290, torch.float32)
+    tensors["a"] = torch.randn(3, 24, requires_grad=True)
+    tensors["b"] = torch.randn(290, 3, requires_grad=True)
+    tensors["ref_hidden"], advantage = near(tensors["hidden"]), torch.randn(9)
+    options = {"target": make_target(9, 290), "advantage": advantage, "kl_coef": 0.3, "scale": 0.5}
+    leaves = [tensors[name] for name in ("hidden", "a", "b")]
+    ours = pk.policy_loss(**tensors, **options).loss
+    theirs = head.policy_loss(**tensors, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[::2], ids=str)
 @pytest.mark.parametrize("sizes", HEAD_SIZES, ids=str)

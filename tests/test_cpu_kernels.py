@@ -156,7 +156,8 @@ def test_law_lora_linear(dtype):
 
 
 # ------------------------------------------------------------------------------------------------
-# The head and log_prob. V: 193 and 961 are one past a tile and past a slab of the gradient.
+# The head and log_prob. V: 193 and 961 are one past a tile and past a slab of the gradient. Ranks
+# of an adapter: 1, odd ones, a multiple of no vector and more than a panel of columns.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +180,15 @@ def head_case(index: int, dtype: torch.dtype):
         "temperature": choose.choice([1.0, 1.0, 0.7]),
         "softcap": choose.choice([None, None, 4.0]),
     }
+    if not trained and choose.random() < 0.6:
+        rank = choose.choice([1, 5, 16, 33, 64])
+        adapter_dtype = choose.choice([dtype, torch.float32])
+        a, b = torch.randn(rank, h) / h**0.5, 0.5 * torch.randn(v, rank) / rank**0.5
+        trains = choose.choice(["ab", "ab", "b", ""])
+        tensors["a"] = laid_out(choose, a.to(adapter_dtype)).requires_grad_("a" in trains)
+        tensors["b"] = laid_out(choose, b.to(adapter_dtype)).requires_grad_("b" in trains)
+        options["scale"] = choose.choice([1.0, 0.5, 2.0])
+        tensors["hidden"].requires_grad_(not trains or choose.random() < 0.8)
     target = torch.randint(0, v, (n,))
     target[torch.rand(n) < 0.2] = -100
     return tensors, target, options, torch.randn(3, n)
@@ -341,16 +351,18 @@ def everything():
     found = [*y, s, gradients[0], *gradients[1], *gradients[2]]
     hidden, ref_hidden, head = torch.randn(n, d), torch.randn(n, d), torch.randn(v, d) / d**0.5
     target, c = torch.randint(0, v, (n,)), torch.randn(3, n)
-    stats = ops.head_stats_cpu(hidden, head, None, target, ref_hidden, 1.0, 0.0, -100)
-    log_prob, peak, log_sum, entropy, _, gap, _ = stats
-    found += stats
-    saved = (peak, log_sum, entropy, gap)
-    found += ops.head_grad_cpu(
-        hidden, head, None, target, ref_hidden, *saved, *c, 1.0, 0.0, -100, True, True, True
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        frozen = (hidden.to(dtype), head.to(dtype))
-        found += ops.head_log_prob_cpu(*frozen, None, target, c[0], 1.0, 0.0, -100)
+    bias, options, adapter = torch.randn(v), (0.5, 1.0, 0.0, -100), (a, torch.randn(v, r))
+    plain, adapted = (True, True, True, False), (True, False, True, True)
+    for a_b, need in (((None, None), plain), (adapter, adapted)):
+        inputs = (hidden, head, bias, *a_b, target, ref_hidden)
+        stats = ops.head_stats_cpu(*inputs, *options)
+        _, peak, log_sum, entropy, _, gap, _ = stats
+        saved = (peak, log_sum, entropy, gap)
+        gradients = ops.head_grad_cpu(*inputs, *saved, *c, *options, *need)
+        found += [*stats, *(g for g, n in zip(gradients, (*need, need[3]), strict=True) if n)]
+        for dtype in (torch.float32, torch.bfloat16):
+            frozen = (hidden.to(dtype), head.to(dtype))
+            found += ops.head_log_prob_cpu(*frozen, None, *a_b, target, c[0], *options)
     logits, ref_logits = hidden @ head.T, ref_hidden @ head.T
     found += ops.logits_stats_cpu(logits, target, ref_logits, 1.0, 0.0, -100)
     found.append(ops.logits_grad_cpu(logits, target, ref_logits, *saved, *c, 1.0, 0.0, -100))
@@ -367,16 +379,18 @@ def test_bits_repeat_and_do_not_depend_on_the_threads():
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype, learns):
+def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype, rank, learns):
     """Nor does its gradient, where there is one."""
     n, h, v = 307, 72, 3001
     hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype)
     target = torch.randint(0, v, (n,))
+    adapter = {"a": torch.randn(rank, h), "b": torch.randn(v, rank)} if rank else {}
 
     def of(rows):
         leaf = hidden[rows].detach().requires_grad_(learns)
-        found = pk.linear_log_prob(leaf, weight, target[rows], return_entropy=True)
+        found = pk.linear_log_prob(leaf, weight, target[rows], return_entropy=True, **adapter)
         gradient = torch.autograd.grad(found[0].sum(), leaf)[0] if learns else leaf
         return torch.stack([t.detach() for t in found]), gradient
 
@@ -403,13 +417,19 @@ def test_no_rows():
         )
         assert dx.shape == (0, 6) and not da[0].any() and not db[0].any()
     target, none = torch.empty(0, dtype=torch.long), torch.empty(0)
-    stats = ops.head_stats_cpu(x, weight, None, target, x, 1.0, 0.0, -100)
-    assert [len(t) for t in stats] == [0] * 7
-    grads = ops.head_grad_cpu(
-        x, weight, None, target, None, none, none, none, none, none, None, None, 1.0, 0.0, -100,
-        True, True, True,
-    )  # fmt: skip
-    assert grads[0].shape == (0, 6) and not grads[1].any() and not grads[2].any()
+    options = (1.0, 1.0, 0.0, -100)
+    for a_b, trained, sizes in (
+        ((None, None), (True, True, False), [30, 5, 0, 0]),
+        ((a, b), (False, True, True), [0, 5, 12, 10]),
+    ):
+        inputs = (x, weight, None, *a_b, target)
+        stats = ops.head_stats_cpu(*inputs, x, *options)
+        assert [len(t) for t in stats] == [0] * 7
+        dhidden, *of_head = ops.head_grad_cpu(
+            *inputs, None, none, none, none, none, none, None, None, *options, True, *trained
+        )
+        assert dhidden.shape == (0, 6) and not any(g.any() for g in of_head)
+        assert [g.numel() for g in of_head] == sizes
 
 
 def test_what_was_not_asked_for_is_empty():
@@ -421,10 +441,18 @@ def test_what_was_not_asked_for_is_empty():
     assert dx.numel() == 0 and da[0].any() and db[0].any()
     dx, da, db = ops.lora_linear_backward_cpu(*arguments, True, False)
     assert dx.any() and da == db == []
-    sizes = [len(t) for t in ops.head_stats_cpu(x, weight, None, None, None, 1.0, 0.0, -100)]
+    head, options = (x, weight, None, a, b), (1.0, 1.0, 0.0, -100)
+    sizes = [len(t) for t in ops.head_stats_cpu(*head, None, None, *options)]
     assert sizes == [0, 9, 9, 9, 0, 0, 0]
-    sizes = [len(t) for t in ops.head_stats_cpu(x, weight, None, None, x, 1.0, 0.0, -100)]
-    assert sizes == [0, 9, 9, 9, 0, 9, 9]
+    stats = ops.head_stats_cpu(*head, None, x, *options)
+    assert [len(t) for t in stats] == [0, 9, 9, 9, 0, 9, 9]
+    _, peak, log_sum, entropy, _, gap, kl = stats
+    for need in ((True, False, False, False), (False, False, False, True)):
+        grads = ops.head_grad_cpu(
+            *head, None, x, peak, log_sum, entropy, gap, None, entropy, kl, *options, *need
+        )
+        dhidden, dweight, dbias, da, db = (g.any().item() for g in grads)
+        assert (dhidden, dweight, dbias, da, db) == (need[0], False, False, need[3], need[3])
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -468,6 +496,7 @@ def test_an_unsupported_dtype_is_refused():
 # ------------------------------------------------------------------------------------------------
 
 MEMORY = """
+import sys
 import torch
 import perl_kernels as pk
 
@@ -485,18 +514,24 @@ weight = torch.randn(h, v).t()
 hidden, ref_hidden = torch.randn(n, h, requires_grad=True), torch.randn(n, h)
 target = torch.randint(0, v, (n,))
 small = (hidden[:2].detach().requires_grad_(), ref_hidden[:2], weight[:300], target[:2] % 300)
+rank = int(sys.argv[1])
+a, b = torch.randn(rank, h, requires_grad=True), torch.randn(v, rank, requires_grad=True)
 
-def step(hidden, ref_hidden, weight, target):
-    found = pk.linear_kl(hidden, ref_hidden, weight, target)
-    return torch.autograd.grad((found.log_prob + found.kl).sum(), hidden)
+def step(hidden, ref_hidden, weight, target, a, b):
+    adapter = {"a": a, "b": b} if rank else {}
+    found = pk.linear_kl(hidden, ref_hidden, weight, target, **adapter)
+    leaves = [hidden, *adapter.values()]
+    return torch.autograd.grad((found.log_prob + found.kl).sum(), leaves)
 
-step(*small)  # what is loaded once is not counted
-print(growth(lambda: step(hidden, ref_hidden, weight, target)))
+# what is loaded once is not counted
+step(*small, a, b[:300].detach().requires_grad_())
+print(growth(lambda: step(hidden, ref_hidden, weight, target, a, b)))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_the_head_needs_little_memory():
-    found = run_capped("avx512_bf16", "-c", MEMORY)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_head_needs_little_memory(rank):
+    found = run_capped("avx512_bf16", "-c", MEMORY, str(rank))
     assert found.startswith("0\n"), found
     assert int(found.split()[1]) <= 32 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"

@@ -12,12 +12,17 @@ OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0}, {"temperature": 1.3, "sof
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(n, h, v, dtype, bias=False, trainable_head=False, spread=2.0):
-    return {
+def make(n, h, v, dtype, bias=False, trainable_head=False, spread=2.0, rank=0):
+    tensors = {
         "hidden": (spread * torch.randn(n, h)).to(dtype).requires_grad_(),
         "weight": (torch.randn(v, h) / h**0.5).to(dtype).requires_grad_(trainable_head),
         "bias": torch.randn(v).to(dtype).requires_grad_(trainable_head) if bias else None,
     }
+    if rank:  # kept in float32 over 16 bits, as layers keep it, if the rank is odd
+        adapter_dtype = torch.float32 if rank % 2 and dtype != torch.float64 else dtype
+        tensors["a"] = (torch.randn(rank, h) / h**0.5).to(adapter_dtype).requires_grad_()
+        tensors["b"] = (torch.randn(v, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
+    return tensors
 
 
 def make_target(n, v, ignored=True):
@@ -124,6 +129,75 @@ def test_gradient_of_log_prob_over_a_frozen_head(backend, sizes, options, dtype,
     compare(*gathered(sample, min(n, v)), dtype)
 
 
+# Rank 1, odd ranks, a panel of columns and one more.
+@pytest.mark.parametrize("rank", [1, 5, 16, 33, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("trains", [True, False], ids=["", "frozen"])
+def test_adapter(backend, trains, options, dtype, rank):
+    """log p, entropy and KL with an adapter on the head, and every gradient; where the adapter is
+    frozen the gradient of log p alone, which the forward sweep makes."""
+    n, h, v = 19, 33, 1003
+    options = {**options, "scale": 0.5}
+
+    def run(log_prob, kl, tensors, ref_hidden, target, incoming):
+        found = [log_prob(**tensors, target=target, **options)]
+        if trains:
+            found = [*found[0], kl(**tensors, ref_hidden=ref_hidden, **options)]
+        names = ("log_prob", "entropy", "kl")[: len(found)]
+        outputs = {name: o.detach() for name, o in zip(names, found, strict=True)}
+        return {**outputs, **gradients(found, incoming[: len(found)], tensors)}
+
+    def ours(**given):
+        found = pk.linear_log_prob(**given, return_entropy=True)
+        return found if trains else found[0]
+
+    def theirs(**given):
+        found = reference.linear_log_prob(**given)
+        return found if trains else found[0]
+
+    tensors = make(n, h, v, dtype, bias=bool(options), rank=rank)
+    for name in "ab":
+        tensors[name].requires_grad_(trains)
+    ref_hidden = (tensors["hidden"].detach().float() + 0.3 * torch.randn(n, h)).to(dtype)
+    rest = make_target(n, v), torch.randn(3, n)
+    exact = run(theirs, reference.linear_kl, doubled(tensors), ref_hidden.double(), *rest)
+    compare(
+        run(ours, lambda **k: pk.linear_kl(**k).kl, tensors, ref_hidden, *rest),
+        run(theirs, reference.linear_kl, tensors, ref_hidden, *rest),
+        exact,
+        dtype,
+        **({"kl": (2 * exact["kl"].mean().item()) ** 0.5} if trains else {}),
+    )
+
+
+def test_an_adapter_is_a_merged_head_for_the_policy_and_none_for_the_reference(backend):
+    t = make(9, 12, 301, torch.float32, rank=3)
+    target, ref_hidden, options = make_target(9, 301), torch.randn(9, 12), {"temperature": 0.8}
+    merged = (t["weight"] + 0.5 * t["b"] @ t["a"]).detach()
+    found = pk.linear_kl(**t, ref_hidden=ref_hidden, target=target, scale=0.5, **options)
+    policy, _ = reference.linear_log_prob(t["hidden"], merged, target, **options)
+    base, _ = reference.linear_log_prob(ref_hidden, t["weight"], target, **options)
+    torch.testing.assert_close(found.log_prob, policy)
+    torch.testing.assert_close(found.ref_log_prob, base)
+    log_p = reference.log_probs(t["hidden"], merged, **options)
+    log_q = reference.log_probs(ref_hidden, t["weight"], **options)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).where(target != -100, 0.0)
+    torch.testing.assert_close(found.kl, expected)
+    same = pk.linear_kl(t["hidden"], t["hidden"].detach(), t["weight"], a=t["a"], b=0 * t["b"])
+    assert not same.kl.any()
+
+
+def test_one_factor_of_an_adapter_may_train_alone(backend):
+    t, target = make(9, 12, 301, torch.float32, rank=3), make_target(9, 301)
+    whole = gradients([pk.linear_log_prob(**t, target=target)], [torch.ones(9)], t)
+    for name in ("a", "b", "hidden"):
+        one = {k: v if v is None else v.detach().requires_grad_(k == name) for k, v in t.items()}
+        found = gradients([pk.linear_log_prob(**one, target=target)], [torch.ones(9)], one)
+        assert found.keys() == {f"d{name}"}
+        torch.testing.assert_close(found[f"d{name}"], whole[f"d{name}"])
+
+
 def test_gradients_of_log_prob_and_entropy_over_a_frozen_head(backend):
     tensors, target = make(9, 12, 301, torch.float32), make_target(9, 301)
     incoming = (torch.randn(9), torch.randn(9))
@@ -173,11 +247,15 @@ def test_gradients_of_kl_log_prob_and_entropy_add_up(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kl_coef", [None, 0.0, 0.4])
-def test_policy_loss(backend, dtype, reduction, kl_coef):
+@pytest.mark.parametrize("rank", [0, 5, 8])
+def test_policy_loss(backend, dtype, reduction, kl_coef, rank):
     n, h, v = 23, 31, 1003
-    tensors = make(n, h, v, dtype, bias=True, trainable_head=kl_coef is None)
+    trainable_head = kl_coef is None and not rank
+    tensors = make(n, h, v, dtype, bias=True, trainable_head=trainable_head, rank=rank)
     target, advantage = make_target(n, v), torch.randn(n)
     options = {"reduction": reduction, "temperature": 0.9, "softcap": 4.0}
+    if rank:
+        options["scale"] = 2.0
     if kl_coef is not None:
         shift = 0.3 * torch.randn(n, h)
         tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
@@ -188,9 +266,8 @@ def test_policy_loss(backend, dtype, reduction, kl_coef):
         loss = found.loss if isinstance(found, tuple) else found
         return {"loss": loss.detach(), **gradients((loss,), (torch.tensor(3.0),), tensors)}
 
-    log_prob, _ = reference.linear_log_prob(
-        tensors["hidden"].detach(), tensors["weight"].detach(), target
-    )
+    with torch.no_grad():
+        log_prob, _ = reference.linear_log_prob(tensors["hidden"], tensors["weight"], target)
     terms = (advantage * log_prob).abs()
     compare(
         run(pk.policy_loss, tensors, advantage),
@@ -299,12 +376,14 @@ def test_reference_gradcheck(softcap):
 
     torch.autograd.gradcheck(both, (t["hidden"], t["weight"], t["bias"]))
     ref_hidden = torch.randn(4, 3, dtype=torch.float64)
+    adapter = make(4, 3, 6, torch.float64, rank=2)
     torch.autograd.gradcheck(
-        lambda hidden: reference.linear_kl(
-            hidden, ref_hidden, t["weight"].detach(), temperature=0.8, softcap=softcap
+        lambda hidden, a, b: reference.linear_kl(
+            hidden, ref_hidden, t["weight"].detach(), a=a, b=b, scale=0.5, temperature=0.8,
+            softcap=softcap,
         ),
-        (t["hidden"],),
-    )
+        (t["hidden"], adapter["a"], adapter["b"]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -331,52 +410,84 @@ def test_float64_gradchecks_through_the_ops(softcap):
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_float64_gradchecks_of_an_adapter_through_the_ops(softcap):
+    t = make(4, 3, 6, torch.float64, bias=True, rank=2)
+    leaves = (t["hidden"], t["a"], t["b"])
+    target, advantage = torch.tensor([0, 5, -100, 2]), torch.randn(4, dtype=torch.float64)
+    ref_hidden, weight = torch.randn(4, 3, dtype=torch.float64), t["weight"]
+    options = {"temperature": 0.8, "softcap": softcap, "scale": 0.5, "bias": t["bias"]}
+
+    def log_prob(h, a, b):
+        return pk.linear_log_prob(h, weight, target, a=a, b=b, return_entropy=True, **options)
+
+    def kl(h, a, b):
+        return pk.linear_kl(h, ref_hidden, weight, a=a, b=b, **options).kl
+
+    def loss(h, a, b):
+        more = {"ref_hidden": ref_hidden, "kl_coef": 0.3, "a": a, "b": b}
+        return pk.policy_loss(h, weight, target, advantage, **more, **options).loss
+
+    for function in (log_prob, kl, loss):
+        torch.autograd.gradcheck(function, leaves)
+
+
 def test_opcheck(backend):
     hidden = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(11, 8, requires_grad=True)
     bias = torch.randn(11, requires_grad=True)
     target, ops = torch.tensor([0, 10, -100, 3, 4]), torch.ops.perl_kernels
-    torch.library.opcheck(
-        ops.head_stats.default, (hidden, weight, bias, target, None, 0.9, 0.0, -100)
-    )
-    frozen, ref_hidden = weight.detach(), torch.randn(5, 8)
-    torch.library.opcheck(
-        ops.head_stats.default, (hidden, frozen, None, target, ref_hidden, 1.0, 5.0, -100)
-    )
-    torch.library.opcheck(
-        ops.head_stats.default, (hidden, frozen, None, None, ref_hidden, 1.0, 0.0, -100)
-    )
-    for d_log_prob in (None, torch.randn(5)):
+    frozen, ref_hidden, none = weight.detach(), torch.randn(5, 8), (None, None)
+    adapter = torch.randn(3, 8, requires_grad=True), torch.randn(11, 3, requires_grad=True)
+    for inputs in (
+        (hidden, weight, bias, *none, target, None, 1.0, 0.9, 0.0, -100),
+        (hidden, frozen, None, *none, target, ref_hidden, 1.0, 1.0, 5.0, -100),
+        (hidden, frozen, None, *none, None, ref_hidden, 1.0, 1.0, 0.0, -100),
+        (hidden, frozen, bias, *adapter, target, ref_hidden, 0.5, 1.0, 0.0, -100),
+    ):
+        torch.library.opcheck(ops.head_stats.default, inputs)
+    frozen_adapter = tuple(t.detach() for t in adapter)
+    for a_b, d_log_prob in ((none, None), (none, torch.randn(5)), (frozen_adapter, None)):
         torch.library.opcheck(
-            ops.head_log_prob.default, (hidden, frozen, None, target, d_log_prob, 0.9, 4.0, -100)
+            ops.head_log_prob.default,
+            (hidden, frozen, None, *a_b, target, d_log_prob, 1.0, 0.9, 4.0, -100),
         )
     advantage = torch.randn(5)
-    for ref, need_head in ((None, True), (ref_hidden, False)):
+    for head, ref, need in (
+        ((weight, bias, *none), None, (True, True, True, False)),
+        ((frozen, None, *none), ref_hidden, (True, False, False, False)),
+        ((frozen, None, *adapter), ref_hidden, (True, False, False, True)),
+        ((frozen, bias, *adapter), None, (True, False, True, True)),
+    ):
         torch.library.opcheck(
             ops.policy_loss.default,
-            (hidden, weight if need_head else frozen, bias if need_head else None, target)
-            + (advantage, ref, 0.2 if ref is not None else 0.0, 1.0, 0.0, -100, True)
-            + (True, need_head, need_head),
+            (hidden, *head, target, advantage, ref, 0.0 if ref is None else 0.2)
+            + (1.0, 1.0, 0.0, -100, True, *need),
         )
 
 
-def test_compiles_without_a_graph_break(backend):
-    t = make(6, 8, 50, torch.float32)
-    target, ref_hidden = make_target(6, 50), torch.randn(6, 8)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_compiles_without_a_graph_break(backend, rank):
+    t = make(6, 8, 50, torch.float32, rank=rank)
+    target, ref_hidden, weight = make_target(6, 50), torch.randn(6, 8), t.pop("weight")
+    leaves = {name: tensor for name, tensor in t.items() if tensor is not None}
 
-    def function(hidden):
-        log_prob, entropy = pk.linear_log_prob(hidden, t["weight"], target, return_entropy=True)
-        kl = pk.linear_kl(hidden, ref_hidden, t["weight"], target).kl
+    def function(leaves):
+        log_prob, entropy = pk.linear_log_prob(
+            weight=weight, target=target, return_entropy=True, **leaves
+        )
+        kl = pk.linear_kl(ref_hidden=ref_hidden, weight=weight, target=target, **leaves).kl
         loss = pk.policy_loss(
-            hidden, t["weight"], target, torch.ones(6), ref_hidden=ref_hidden, kl_coef=0.1
-        ).loss
+            weight=weight, target=target, advantage=torch.ones(6), ref_hidden=ref_hidden,
+            kl_coef=0.1, **leaves,
+        ).loss  # fmt: skip
         return loss + log_prob.sum() + 0.5 * entropy.sum() + kl.mean()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(t["hidden"]), function(t["hidden"]))
+    torch.testing.assert_close(compiled(leaves), function(leaves))
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(t["hidden"]), t["hidden"]),
-        torch.autograd.grad(function(t["hidden"]), t["hidden"]),
+        torch.autograd.grad(compiled(leaves), list(leaves.values())),
+        torch.autograd.grad(function(leaves), list(leaves.values())),
     )
 
 
@@ -394,6 +505,19 @@ def bad_calls():
     yield "softcap", dict(good, softcap=-1.0), ValueError, "softcap is -1.0; wanted > 0"
     yield "bias", dict(good, bias=w[0]), ValueError, "bias has shape"
     yield "vocabulary", dict(good, weight=w[:0]), ValueError, "weight has 0 rows"
+    a, b = torch.randn(2, 6), torch.randn(9, 2)
+    adapted = dict(good, a=a, b=b)
+    yield "half an adapter", dict(good, a=a), ValueError, "a is given without b"
+    yield "the other half", dict(good, b=b), ValueError, "b is given without a"
+    yield "scale alone", dict(good, scale=2.0), ValueError, "scale is 2.0 and there is no adapter"
+    yield "scale nan", dict(adapted, scale=float("nan")), ValueError, "scale is nan; wanted a fini"
+    yield "a", dict(adapted, a=a[:, :5]), ValueError, r"a has shape \(2, 5\); wanted \(R, H\)"
+    yield "b", dict(adapted, b=b[:8]), ValueError, r"b has shape \(8, 2\); wanted \(V, R\)"
+    yield "rank", dict(adapted, a=a[:0], b=b[:, :0]), ValueError, "a has rank 0"
+    yield "dimensions", dict(adapted, a=a[0]), ValueError, "a has 1 dimensions; wanted 2"
+    yield "adapter dtype", dict(adapted, b=b.half()), TypeError, "b is torch.float16 and hidden"
+    trained = dict(adapted, weight=w.clone().requires_grad_())
+    yield "trained base", trained, ValueError, "weight requires grad, and the base of an adapter"
 
 
 @pytest.mark.parametrize("call", bad_calls(), ids=lambda c: c[0])

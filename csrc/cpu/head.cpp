@@ -1,5 +1,7 @@
 // Statistics of softmax(z) and their gradient from hidden states, with z made tile by tile:
 // z = softcap * tanh((hidden weight^T + bias) / softcap) / temperature. No [N, V] buffer exists.
+// An adapter makes the product's inner dimension R longer: [hidden | s] [weight | b]^T with
+// s = scale * hidden a^T; the reference goes without. Its gradient ds is R more columns of dhidden.
 //
 // Rows are packed once per group. Statistics: the vocabulary is cut into shares whose number does
 // not depend on the number of threads; each sweeps its tiles into a state per row, and the states
@@ -8,7 +10,8 @@
 // in one sweep, where only log p has a gradient: `head_log_prob`.
 //
 // Where the processor multiplies bfloat16 itself, its products stay bfloat16 with float32 sums: by
-// vectors (AVX512-BF16) here, by matrix tiles (AMX) through oneDNN; logits are float32 either way.
+// vectors (AVX512-BF16) here, by matrix tiles (AMX) through oneDNN; logits are float32 either way,
+// and the adapter's part of them is made of float32 panels.
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
@@ -40,20 +43,82 @@ const at::BFloat16* bfloat16(const char* data) {
   return reinterpret_cast<const at::BFloat16*>(data);
 }
 
+// c += or = tile
+void put_tile(
+    const float* tile, int64_t rows, int64_t columns, bool add, float* c, int64_t ldc) {
+  const Kernels& table = kernels();
+  for (int64_t i = 0; i < rows; ++i, c += ldc, tile += TILE_COLUMNS) {
+    if (add) {
+      table.accumulate(tile, columns, c);
+    } else {
+      table.from_float(tile, columns, Dtype::float32, c);
+    }
+  }
+}
+
+// c (P, Q) = or += rows (P, K) columns (Q, K)^T of float32 panels, for the adapter's small products
+void product(const Matrix& rows, const Matrix& columns, bool add, float* c, int64_t ldc) {
+  const Kernels& table = kernels();
+  const int64_t K = rows.columns, blocks = ceil_div(rows.rows, TILE_ROWS);
+  const int64_t tiles = ceil_div(columns.rows, TILE_COLUMNS);
+  at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+    Buffer left(TILE_ROWS * K), right(TILE_COLUMNS * K), tile(TILE_ROWS * TILE_COLUMNS);
+    int64_t packed = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item % blocks * TILE_ROWS, j = item / blocks * TILE_COLUMNS;
+      const int64_t p = std::min(TILE_ROWS, rows.rows - i);
+      const int64_t q = std::min(TILE_COLUMNS, columns.rows - j);
+      if (packed != j) {
+        packed = j;
+        pack(columns, j, q, 0, K, table.column_panel, right.data(), K * table.column_panel);
+      }
+      pack(rows, i, p, 0, K, table.row_panel, left.data(), K * table.row_panel);
+      table.multiply(
+          left.data(), ceil_div(p, table.row_panel), K * table.row_panel, right.data(),
+          ceil_div(q, table.column_panel), K * table.column_panel, K, tile.data(), TILE_COLUMNS,
+          false);
+      put_tile(tile.data(), p, q, add, c + i * ldc + j, ldc);
+    }
+  });
+}
+
+// The head's adapter, or none: R is 0.
+struct Adapter {
+  const OptionalTensor a, b;  // (R, H), (V, R)
+  const float scale;
+  const int64_t R;
+  Tensor s;  // (N, R) = scale * hidden a^T, float32
+
+  Adapter(const OptionalTensor& a, const OptionalTensor& b, double scale, const Tensor& hidden)
+      : a(a), b(b), scale(static_cast<float>(scale)), R(a.has_value() ? a->size(0) : 0) {
+    if (R == 0) return;
+    s = at::empty({hidden.size(0), R}, hidden.options().dtype(at::kFloat));
+    product(Matrix(hidden), Matrix(*a).scaled(this->scale), false, s.mutable_data_ptr<float>(), R);
+  }
+
+  // dhidden (rows, H) += scale * ds a, where each row of `sums` is dhidden and then ds.
+  void add_dhidden(float* sums, int64_t rows, int64_t H) const {
+    if (R == 0) return;
+    product(Matrix(sums + H, rows, R, H + R), Matrix(*a).t().scaled(scale), true, sums, H + R);
+  }
+};
+
 // The head and the hidden states that go through it.
 struct Head {
   const Matrix weight, hidden, ref_hidden;
   const bool has_ref;
   Buffer bias;  // float32, or none
   const bool has_bias;
+  const Adapter adapter;
   const Products products;
 
   Head(
-      const Tensor& weight, const OptionalTensor& bias, const Tensor& hidden,
+      const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& a,
+      const OptionalTensor& b, double scale, const Tensor& hidden,
       const OptionalTensor& ref_hidden)
       : weight(weight), hidden(hidden), ref_hidden(ref_hidden.value_or(hidden)),
         has_ref(ref_hidden.has_value()), bias(bias.has_value() ? weight.size(0) : 0),
-        has_bias(bias.has_value()),
+        has_bias(bias.has_value()), adapter(a, b, scale, hidden),
         products(
             !(paired(this->weight) && paired(this->hidden) && paired(this->ref_hidden))
                 ? Products::floats
@@ -65,13 +130,25 @@ struct Head {
 
   int64_t V() const { return weight.rows; }
   int64_t H() const { return weight.columns; }
+  int64_t R() const { return adapter.R; }
   // A row of an operand as it is multiplied: H floats, or as many of pairs.
   Matrix operand(const Matrix& m) const {
     return products == Products::floats ? m : pairs_of(m);
   }
   int64_t K() const { return products == Products::floats ? H() : H() / 2; }
+  // Floats of a packed column: weight's, then b's.
+  int64_t column_length() const { return K() + R(); }
+  // Row `column` of [weight | b] as floats.
+  void read_class(int64_t column, float* to) const {
+    auto read = [&](const Matrix& m) {
+      kernels().to_float(m.at(column, 0), m.dtype, m.column_stride, m.columns, to);
+      to += m.columns;
+    };
+    read(weight);
+    if (R() > 0) read(Matrix(*adapter.b));
+  }
   int64_t rows_at_once(int64_t rows) const {
-    const int64_t bytes = K() * sizeof(float) * (has_ref ? 2 : 1);
+    const int64_t bytes = (K() * (has_ref ? 2 : 1) + R()) * sizeof(float);
     return cpu::rows_at_once(rows, std::max(bytes, PACKED_BYTES / MOST_ROWS), PACKED_BYTES);
   }
 };
@@ -79,21 +156,30 @@ struct Head {
 // Hidden states of a group of rows as a left operand, in blocks of TILE_ROWS.
 class Rows {
  public:
-  Rows(const Head& head, const Matrix& hidden, int64_t at_once)
-      : head_(head), hidden_(hidden),
-        packed_(head.products == Products::tiles ? 0 : at_once * head.K()) {}
+  static Rows policy(const Head& head, int64_t at_once) {
+    return Rows(head, head.hidden, head.R(), at_once);
+  }
+  static Rows reference(const Head& head, int64_t at_once) {
+    return Rows(head, head.ref_hidden, 0, head.has_ref ? at_once : 0);
+  }
 
   void take(int64_t first, int64_t rows) {
     first_ = first;
-    if (head_.products == Products::tiles) return;
     const Kernels& table = kernels();
-    const int64_t K = head_.K();
+    const int64_t stride = length() * table.row_panel;
     at::parallel_for(0, ceil_div(rows, TILE_ROWS), 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * TILE_ROWS; row < std::min(end * TILE_ROWS, rows);
            row += TILE_ROWS) {
-        pack(
-            head_.operand(hidden_), first + row, std::min(TILE_ROWS, rows - row), 0, K,
-            table.row_panel, packed_.data() + row * K, K * table.row_panel);
+        const int64_t count = std::min(TILE_ROWS, rows - row);
+        float* to = packed_.data() + row * length();
+        if (K_ > 0) {
+          pack(head_.operand(hidden_), first + row, count, 0, K_, table.row_panel, to, stride);
+        }
+        if (R_ > 0) {
+          pack(
+              Matrix(head_.adapter.s), first + row, count, 0, R_, table.row_panel,
+              to + K_ * table.row_panel, stride);
+        }
       }
     });
   }
@@ -101,24 +187,39 @@ class Rows {
   // z (rows, n) = block * columns^T, with stride TILE_COLUMNS
   void multiply(int64_t block, int64_t rows, float* columns, int64_t n, float* z) {
     const Kernels& table = kernels();
-    const int64_t K = head_.K(), width = table.column_panel;
+    const int64_t width = table.column_panel, columns_stride = head_.column_length() * width;
+    const int64_t row_panels = ceil_div(rows, table.row_panel);
+    const int64_t row_stride = length() * table.row_panel;
+    const float* packed = packed_.data() + block * TILE_ROWS * length();
     if (head_.products != Products::tiles) {
       (head_.products == Products::pairs ? table.multiply_pairs : table.multiply)(
-          packed_.data() + block * TILE_ROWS * K, ceil_div(rows, table.row_panel),
-          K * table.row_panel, columns, ceil_div(n, width), K * width, K, z, TILE_COLUMNS, false);
-      return;
+          packed, row_panels, row_stride, columns, ceil_div(n, width), columns_stride, K_, z,
+          TILE_COLUMNS, false);
+    } else {
+      for (int64_t j = 0; j < n; j += width) {
+        at::native::cpublas::brgemm(
+            rows, width, head_.H(), hidden_.row_stride, width, TILE_COLUMNS, /*add_C=*/false,
+            bfloat16(hidden_.at(first_ + block * TILE_ROWS, 0)),
+            reinterpret_cast<const at::BFloat16*>(columns + j * head_.column_length()), z + j);
+      }
     }
-    for (int64_t j = 0; j < n; j += width) {
-      at::native::cpublas::brgemm(
-          rows, width, head_.H(), hidden_.row_stride, width, TILE_COLUMNS, /*add_C=*/false,
-          bfloat16(hidden_.at(first_ + block * TILE_ROWS, 0)),
-          reinterpret_cast<const at::BFloat16*>(columns + j * K), z + j);
+    if (R_ > 0) {
+      table.multiply(
+          packed + K_ * table.row_panel, row_panels, row_stride, columns + head_.K() * width,
+          ceil_div(n, width), columns_stride, R_, z, TILE_COLUMNS, true);
     }
   }
 
  private:
+  Rows(const Head& head, const Matrix& hidden, int64_t R, int64_t at_once)
+      : head_(head), hidden_(hidden), K_(head.products == Products::tiles ? 0 : head.K()), R_(R),
+        packed_(at_once * length()) {}
+  // Floats of a packed row: hidden's, unless oneDNN reads them where they are, then those of s.
+  int64_t length() const { return K_ + R_; }
+
   const Head& head_;
   const Matrix hidden_;
+  const int64_t K_, R_;
   Buffer packed_;
   int64_t first_ = 0;
 };
@@ -127,7 +228,7 @@ class Rows {
 class TileMaker {
  public:
   explicit TileMaker(const Head& head)
-      : head_(head), columns_(TILE_COLUMNS * head.K()), z_(TILE_ROWS * TILE_COLUMNS),
+      : head_(head), columns_(TILE_COLUMNS * head.column_length()), z_(TILE_ROWS * TILE_COLUMNS),
         zq_(head.has_ref ? TILE_ROWS * TILE_COLUMNS : 0) {}
   ~TileMaker() {
     if (head_.products == Products::tiles) at::native::cpublas::brgemm_release();
@@ -138,10 +239,14 @@ class TileMaker {
     if (first == first_) return;
     first_ = first;
     count_ = count;
-    const int64_t width = kernels().column_panel;
-    const int64_t K = head_.K();
-    pack(
-        head_.operand(head_.weight), first, count, 0, K, width, columns_.data(), K * width);
+    const int64_t width = kernels().column_panel, stride = head_.column_length() * width;
+    const int64_t K = head_.K(), R = head_.R();
+    pack(head_.operand(head_.weight), first, count, 0, K, width, columns_.data(), stride);
+    if (R > 0) {
+      pack(
+          Matrix(*head_.adapter.b), first, count, 0, R, width, columns_.data() + K * width,
+          stride);
+    }
   }
 
   // Raw logits of one block of `count` rows, with stride TILE_COLUMNS.
@@ -163,25 +268,18 @@ class TileMaker {
   int64_t first_ = -1, count_ = 0;
 };
 
-// c += or = tile
-void put_tile(
-    const float* tile, int64_t rows, int64_t columns, bool add, float* c, int64_t ldc) {
-  const Kernels& table = kernels();
-  for (int64_t i = 0; i < rows; ++i, c += ldc, tile += TILE_COLUMNS) {
-    if (add) {
-      table.accumulate(tile, columns, c);
-    } else {
-      table.from_float(tile, columns, Dtype::float32, c);
-    }
-  }
-}
-
-// dz of one slab of the vocabulary as a left operand of dz weight.
+// dz of one slab of the vocabulary as a left operand of dz [weight | b].
 class GradientRowsOfSlab {
  public:
-  GradientRowsOfSlab(const Head& head, int64_t at_once)
+  GradientRowsOfSlab(const Head& head, int64_t at_once, bool need_dhidden)
       : head_(head), stride_(head.products == Products::floats ? SLAB : SLAB / 2),
-        packed_(at_once * stride_) {}
+        packed_(at_once * stride_) {
+    if (need_dhidden) add_pieces(head.weight, 0);
+    if (head.R() == 0) return;
+    b_ = head.products == Products::floats ? *head.adapter.b
+                                           : head.adapter.b->to(at::kBFloat16).contiguous();
+    add_pieces(Matrix(b_), head.H());
+  }
 
   // A tile of dz, `first` columns into the slab; overwrites z.
   void put(int64_t block, float* z, int64_t rows, int64_t first, int64_t n) {
@@ -207,35 +305,50 @@ class GradientRowsOfSlab {
         stride_ * table.row_panel);
   }
 
-  // c (count, H), contiguous, = or += dz weight over the slab's `width` columns.
+  // c (count, H + R), contiguous, = or += dz [weight | b] over the slab's `width` columns.
   void times_weight(int64_t slab, int64_t width, int64_t count, bool add, float* c) {
-    const int64_t H = head_.H(), blocks = ceil_div(count, TILE_ROWS);
-    at::parallel_for(0, ceil_div(H, TILE_COLUMNS) * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t blocks = ceil_div(count, TILE_ROWS), ldc = head_.H() + head_.R();
+    const int64_t items = static_cast<int64_t>(pieces_.size()) * blocks;
+    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE_ROWS * TILE_COLUMNS);
       int64_t packed = -1;
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t h = item / blocks * TILE_COLUMNS, row = item % blocks * TILE_ROWS;
-        const int64_t n = std::min(TILE_COLUMNS, H - h), rows = std::min(TILE_ROWS, count - row);
-        if (packed != h) {
-          packed = h;
-          pack_weight(slab, width, h, n, columns.data());
+        const Piece& piece = pieces_[item / blocks];
+        const int64_t row = item % blocks * TILE_ROWS, rows = std::min(TILE_ROWS, count - row);
+        if (packed != item / blocks) {
+          packed = item / blocks;
+          pack_piece(piece, slab, width, columns.data());
         }
-        multiply(item % blocks, rows, width, columns.data(), n, tile.data());
-        put_tile(tile.data(), rows, n, add, c + row * H + h, H);
+        multiply(item % blocks, rows, width, columns.data(), piece.count, tile.data());
+        put_tile(tile.data(), rows, piece.count, add, c + row * ldc + piece.to, ldc);
       }
       if (head_.products == Products::tiles) at::native::cpublas::brgemm_release();
     });
   }
 
  private:
-  // Columns h .. h + n of the weight's slab as the right operand.
-  void pack_weight(int64_t slab, int64_t width, int64_t h, int64_t n, float* columns) const {
+  // Columns first .. first + count of weight or b, and where they go in a row of results.
+  struct Piece {
+    Matrix source;
+    int64_t first, count, to;
+  };
+
+  void add_pieces(const Matrix& source, int64_t to) {
+    for (int64_t first = 0; first < source.columns; first += TILE_COLUMNS) {
+      const int64_t count = std::min(TILE_COLUMNS, source.columns - first);
+      pieces_.push_back({source, first, count, to + first});
+    }
+  }
+
+  // The slab's rows of a piece as the right operand.
+  void pack_piece(const Piece& piece, int64_t slab, int64_t width, float* columns) const {
+    const auto& [source, first, count, _] = piece;
     const int64_t panel = kernels().column_panel;
     if (head_.products == Products::floats) {
-      pack(head_.weight.t(), h, n, slab, width, panel, columns, width * panel);
+      pack(source.t(), first, count, slab, width, panel, columns, width * panel);
     } else {
       pack_pairs_of_rows(
-          head_.weight, h, n, slab, width, panel, columns, ceil_div(width, 2) * panel);
+          source, first, count, slab, width, panel, columns, ceil_div(width, 2) * panel);
     }
   }
 
@@ -265,16 +378,20 @@ class GradientRowsOfSlab {
   const Head& head_;
   const int64_t stride_;  // floats of one row
   Buffer packed_;
+  Tensor b_;  // as the products want it
+  std::vector<Piece> pieces_;
 };
 
 StatsTuple head_stats(
     const Tensor& hidden,              // (N, H)
     const Tensor& weight,              // (V, H)
     const OptionalTensor& bias,        // (V,)
+    const OptionalTensor& a,           // (R, H)
+    const OptionalTensor& b,           // (V, R)
     const OptionalTensor& target,      // (N,)
     const OptionalTensor& ref_hidden,  // (N, H)
-    double temperature, double softcap, int64_t ignore_index) {
-  Head head(weight, bias, hidden, ref_hidden);
+    double scale, double temperature, double softcap, int64_t ignore_index) {
+  Head head(weight, bias, a, b, scale, hidden, ref_hidden);
   const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
   const Targets targets(target, ignore_index);
   const int64_t N = hidden.size(0), V = head.V();
@@ -285,8 +402,7 @@ StatsTuple head_stats(
   const int64_t tiles_per_share = ceil_div(tiles, MOST_SHARES);
   const int64_t shares = ceil_div(tiles, tiles_per_share);
   const int64_t at_once = head.rows_at_once(N);
-  Rows rows(head, head.hidden, at_once);
-  Rows ref_rows(head, head.ref_hidden, head.has_ref ? at_once : 0);
+  Rows rows = Rows::policy(head, at_once), ref_rows = Rows::reference(head, at_once);
   std::vector<RowState> states(shares * std::min(at_once, N));
 
   for (int64_t group = 0; group < N; group += at_once) {
@@ -338,52 +454,61 @@ StatsTuple head_stats(
   return out.tuple();
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_grad(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
     const Tensor& hidden,              // (N, H)
     const Tensor& weight,              // (V, H)
     const OptionalTensor& bias,        // (V,)
+    const OptionalTensor& a,           // (R, H)
+    const OptionalTensor& b,           // (V, R)
     const OptionalTensor& target,      // (N,)
     const OptionalTensor& ref_hidden,  // (N, H)
     const Tensor& peak, const Tensor& log_sum, const Tensor& entropy, const Tensor& gap,
     const OptionalTensor& d_log_prob, const OptionalTensor& d_entropy, const OptionalTensor& d_kl,
-    double temperature, double softcap, int64_t ignore_index,
-    bool need_dhidden, bool need_dweight, bool need_dbias) {
+    double scale, double temperature, double softcap, int64_t ignore_index,
+    bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dab) {
   const Kernels& table = kernels();
   const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
   const Targets targets(target, ignore_index);
   const GradientRows incoming(peak, log_sum, entropy, gap, d_log_prob, d_entropy, d_kl);
-  Head head(weight, bias, hidden, incoming.has_kl() ? ref_hidden : OptionalTensor());
-  const int64_t N = hidden.size(0), V = head.V(), H = head.H();
+  Head head(
+      weight, bias, a, b, scale, hidden, incoming.has_kl() ? ref_hidden : OptionalTensor());
+  const int64_t N = hidden.size(0), V = head.V(), H = head.H(), R = head.R();
   auto output = [](const Tensor& like, bool wanted) {
     return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
   };
   Tensor dhidden = output(hidden, need_dhidden), dweight = output(weight, need_dweight);
   Tensor dbias = at::empty({need_dbias ? V : 0}, hidden.options().dtype(at::kFloat));
+  Tensor da = output(a.value_or(hidden), need_dab), db = output(b.value_or(hidden), need_dab);
   if (N == 0) {
-    dweight.zero_();
-    dbias.zero_();
-    return {dhidden, dweight, dbias};
+    for (Tensor* zeros : {&dweight, &dbias, &da, &db}) zeros->zero_();
+    return {dhidden, dweight, dbias, da, db};
   }
+  // dz^T hidden, or with an adapter dz^T s: never both, as the base of an adapter is frozen
+  const bool need_dcolumns = need_dweight || need_dab;
+  const Matrix dcolumns_right = need_dab ? Matrix(head.adapter.s) : head.hidden;
+  Tensor& dcolumns_out = need_dab ? db : dweight;
+  const int64_t C = dcolumns_right.columns;
+  Tensor ds = at::empty({need_dab ? N : 0, R}, hidden.options().dtype(at::kFloat));
 
-  // A slab's dweight and dbias must be whole before the next slab, so then every row is of one
+  // A slab's dweight, db and dbias must be whole before the next slab, so then every row is of one
   // group; otherwise a group is as many rows as are packed at once.
   const int64_t at_once = head.rows_at_once(N);
-  const bool all_rows = need_dweight || need_dbias;
+  const bool all_rows = need_dcolumns || need_dbias;
   const int64_t group_size = all_rows ? N : std::min(at_once, N);
   const int64_t blocks_at_once = at_once / TILE_ROWS;
-  Rows rows(head, head.hidden, at_once);
-  Rows ref_rows(head, head.ref_hidden, head.has_ref ? at_once : 0);
-  GradientRowsOfSlab dz_rows(head, need_dhidden ? at_once : 0);
-  Buffer dz_columns(need_dweight ? at_once * SLAB : 0);         // panels of the slab, K = rows
+  Rows rows = Rows::policy(head, at_once), ref_rows = Rows::reference(head, at_once);
+  const bool need_rows = need_dhidden || need_dab;
+  GradientRowsOfSlab dz_rows(head, need_rows ? at_once : 0, need_dhidden);
+  Buffer dz_columns(need_dcolumns ? at_once * SLAB : 0);        // panels of the slab, K = rows
   Buffer dbias_blocks(need_dbias ? blocks_at_once * SLAB : 0);  // column sums of each block
-  Buffer dweight_sum(need_dweight ? SLAB * H : 0);
-  const bool direct = dhidden.scalar_type() == at::kFloat;
-  Buffer dhidden_room(need_dhidden && !direct ? group_size * H : 0);
+  Buffer dcolumns_sum(need_dcolumns ? SLAB * C : 0);
+  const bool direct = dhidden.scalar_type() == at::kFloat && R == 0;
+  Buffer rows_room(need_rows && !direct ? group_size * (H + R) : 0);
 
   for (int64_t group = 0; group < N; group += group_size) {
     const int64_t group_rows = std::min(group_size, N - group);
-    float* dhidden_sum = !need_dhidden ? nullptr
-        : direct ? dhidden.mutable_data_ptr<float>() + group * H : dhidden_room.data();
+    float* rows_sum = !need_rows ? nullptr  // dhidden and ds, row by row
+        : direct ? dhidden.mutable_data_ptr<float>() + group * H : rows_room.data();
     for (int64_t slab = 0; slab < V; slab += SLAB) {
       const int64_t width = std::min(SLAB, V - slab);
       const int64_t tiles = ceil_div(width, TILE_COLUMNS);
@@ -425,7 +550,7 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                   z_row, zq_row, n, column >= 0 && column < n ? column : -1, incoming[row + i],
                   options.temperature, options.softcap);
             }
-            if (need_dweight) {
+            if (need_dcolumns) {
               pack(
                   Matrix(z, rows_of(block), n, TILE_COLUMNS).t(), 0, n, 0, rows_of(block),
                   table.row_panel,
@@ -439,29 +564,29 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                 table.accumulate(z + i * TILE_COLUMNS, n, sums);
               }
             }
-            if (need_dhidden) dz_rows.put(block, z, rows_of(block), tile, n);
+            if (need_rows) dz_rows.put(block, z, rows_of(block), tile, n);
           }
         });
 
-        // dhidden += dz weight
-        if (need_dhidden) {
-          dz_rows.times_weight(slab, width, count, slab > 0, dhidden_sum + part * H);
+        // [dhidden | ds] += dz [weight | b]
+        if (need_rows) {
+          dz_rows.times_weight(slab, width, count, slab > 0, rows_sum + part * (H + R));
         }
 
-        // dweight += dz^T hidden
-        const int64_t h_tiles = ceil_div(H, TILE_COLUMNS), v_blocks = ceil_div(width, TILE_ROWS);
-        const int64_t w_items = need_dweight ? h_tiles * v_blocks : 0;
-        at::parallel_for(0, w_items, 1, [&](int64_t begin, int64_t end) {
+        // dweight += dz^T hidden, or db += dz^T s
+        const int64_t c_tiles = ceil_div(C, TILE_COLUMNS), v_blocks = ceil_div(width, TILE_ROWS);
+        const int64_t c_items = need_dcolumns ? c_tiles * v_blocks : 0;
+        at::parallel_for(0, c_items, 1, [&](int64_t begin, int64_t end) {
           Buffer columns(TILE_COLUMNS * count), tile(TILE_ROWS * TILE_COLUMNS);
           int64_t packed = -1;
           for (int64_t item = begin; item < end; ++item) {
-            const int64_t h = item / v_blocks * TILE_COLUMNS, v = item % v_blocks * TILE_ROWS;
-            const int64_t n = std::min(TILE_COLUMNS, H - h);
+            const int64_t c = item / v_blocks * TILE_COLUMNS, v = item % v_blocks * TILE_ROWS;
+            const int64_t n = std::min(TILE_COLUMNS, C - c);
             const int64_t v_count = std::min(TILE_ROWS, width - v);
-            if (packed != h) {
-              packed = h;
+            if (packed != c) {
+              packed = c;
               pack(
-                  head.hidden.t(), h, n, first_row, count, table.column_panel, columns.data(),
+                  dcolumns_right.t(), c, n, first_row, count, table.column_panel, columns.data(),
                   count * table.column_panel);
             }
             table.multiply(
@@ -469,7 +594,7 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
                 at_once * table.row_panel, columns.data(), ceil_div(n, table.column_panel),
                 count * table.column_panel, count, tile.data(), TILE_COLUMNS, false);
             put_tile(
-                tile.data(), v_count, n, part > 0, dweight_sum.data() + v * H + h, H);
+                tile.data(), v_count, n, part > 0, dcolumns_sum.data() + v * C + c, C);
           }
         });
         for (int64_t block = 0; need_dbias && block < blocks; ++block) {
@@ -478,13 +603,16 @@ std::tuple<Tensor, Tensor, Tensor> head_grad(
               dbias.mutable_data_ptr<float>() + slab, V);
         }
       }
-      if (need_dweight) store_tile(dweight_sum.data(), H, width, H, dweight, slab, 0);
+      if (need_dcolumns) store_tile(dcolumns_sum.data(), C, width, C, dcolumns_out, slab, 0);
     }
+    if (need_dab) store_tile(rows_sum + H, H + R, group_rows, R, ds, group, 0);
     if (need_dhidden && !direct) {
-      store_tile(dhidden_sum, H, group_rows, H, dhidden, group, 0);
+      head.adapter.add_dhidden(rows_sum, group_rows, H);
+      store_tile(rows_sum, H + R, group_rows, H, dhidden, group, 0);
     }
   }
-  return {dhidden, dweight, dbias};
+  if (need_dab) transposed_product(Matrix(ds), head.hidden, head.adapter.scale, da);
+  return {dhidden, dweight, dbias, da, db};
 }
 
 // One sweep for log p and its gradient. A slab's logits are kept until their largest is known;
@@ -496,25 +624,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
     const Tensor& hidden,              // (N, H)
     const Tensor& weight,              // (V, H)
     const OptionalTensor& bias,        // (V,)
+    const OptionalTensor& a,           // (R, H)
+    const OptionalTensor& b,           // (V, R)
     const Tensor& target,              // (N,)
     const OptionalTensor& d_log_prob,  // (N,)
-    double temperature, double softcap, int64_t ignore_index) {
+    double scale, double temperature, double softcap, int64_t ignore_index) {
   constexpr int64_t SLAB_TILES = SLAB / TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
   const Kernels& table = kernels();
   const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
   const Targets targets(target, ignore_index);
   const float unit = logit_unit(options.temperature, options.softcap);
-  Head head(weight, bias, hidden, OptionalTensor());
-  const int64_t N = hidden.size(0), V = head.V(), H = head.H();
+  Head head(weight, bias, a, b, scale, hidden, OptionalTensor());
+  const int64_t N = hidden.size(0), V = head.V(), H = head.H(), C = H + head.R();
   Stats out(hidden, N, true, false);
   Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
   Tensor incoming;
   if (d_log_prob.has_value()) incoming = d_log_prob->to(at::kFloat).contiguous();
 
   const int64_t at_once = N == 0 ? 0 : std::min(head.rows_at_once(N), round_up(N, TILE_ROWS));
-  Rows rows(head, head.hidden, at_once);
-  GradientRowsOfSlab dz_rows(head, at_once);
-  Buffer z_slab(at_once * SLAB), sum(at_once * H);
+  Rows rows = Rows::policy(head, at_once);
+  GradientRowsOfSlab dz_rows(head, at_once, true);
+  Buffer z_slab(at_once * SLAB), sum(at_once * C);  // of dhidden and ds, row by row
   std::vector<float> most(SLAB_TILES * at_once);
   std::vector<double> sums(SLAB_TILES * at_once * 2);
 
@@ -561,7 +691,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
           }
           if (slab > 0 && m > state.m) {
             const float shrink = static_cast<float>(std::exp(state.m - m));
-            for (int64_t h = 0; h < H; ++h) sum.data()[row * H + h] *= shrink;
+            for (int64_t c = 0; c < C; ++c) sum.data()[row * C + c] *= shrink;
           }
           state.move_to(m, state.mq);
         }
@@ -598,16 +728,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
     }
 
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      Buffer class_row(H);
+      Buffer class_row(C);
       for (int64_t row = begin; row < end; ++row) {
         RowState& state = states[row];
         const bool counted = targets.counted(group + row);
         state.t = kept[row] * unit;
         out.write(group + row, state, counted);
-        float* values = sum.data() + row * H;
+        float* values = sum.data() + row * C;
         const int64_t column = targets[group + row];
         if (!counted) {
-          std::fill(values, values + H, 0.0f);
+          std::fill(values, values + C, 0.0f);
         } else {
           const double capped = softcap > 0 ? kept[row] : 0.0;
           const double others = state.l - std::exp(state.t - state.m);
@@ -616,15 +746,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
           const float pull = static_cast<float>(
               incoming_row * (1.0 - capped * capped) / temperature * others / state.l);
           const float push = static_cast<float>(incoming_row / state.l);
-          table.to_float(
-              head.weight.at(column, 0), head.weight.dtype, head.weight.column_stride, H,
-              class_row.data());
-          for (int64_t h = 0; h < H; ++h) {
-            values[h] = pull * class_row.data()[h] - push * values[h];
+          head.read_class(column, class_row.data());
+          for (int64_t c = 0; c < C; ++c) {
+            values[c] = pull * class_row.data()[c] - push * values[c];
           }
         }
-        store_tile(values, H, 1, H, dhidden, group + row, 0);
       }
+    });
+    head.adapter.add_dhidden(sum.data(), count, H);
+    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      store_tile(sum.data() + begin * C, C, end - begin, H, dhidden, group + begin, 0);
     });
   }
   return {out.log_prob, out.peak, out.log_sum, out.entropy, dhidden};

@@ -1,6 +1,7 @@
 """What a language-model head says about its rows, without ever writing the [N, V] logits.
 
-Replaces, with z = softcap * tanh((hidden weight^T + bias) / softcap) / temperature,
+Replaces, with z = softcap * tanh((hidden weight^T + bias) / softcap) / temperature, where an
+adapter on the head adds scale * (hidden a^T) b^T to hidden weight^T,
 
     linear_log_prob   log_softmax(z.float(), -1).gather(-1, target), and the entropy of softmax(z)
     linear_kl         kl_div between softmax(z) and the softmax of a reference's hidden states
@@ -14,18 +15,29 @@ gradients of log_prob, entropy and kl, is
               + d_kl p_j ((z - z_ref)_j - E_p[z - z_ref])
     dhidden = dz weight        dweight = dz^T hidden (only when weight requires grad)
 
-linear_log_prob over a frozen head makes d log p / d hidden in the forward sweep and saves it, the
-size of hidden: backward is then a factor per row. With a trained head, in linear_kl, and for a
-gradient through the entropy, saved are hidden and four numbers a row (the largest logit, log of the
-sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is repeated in backward.
-policy_loss knows its coefficients before the loss, makes dhidden in the forward call and saves only
-that.
+and with an adapter, whose logits are [hidden | s] [weight | b]^T with s = scale * hidden a^T,
 
-Rows whose target is ignore_index give 0 everywhere and no gradient.
+    ds = dz b        dhidden = dz weight + scale * ds a
+    db = dz^T s      da = scale * ds^T hidden
+
+No [V, H] sum of weight and adapter exists either. The reference's logits z_ref are made without the
+adapter, by the frozen head alone: a reference policy is the base model with its adapters off.
+
+linear_log_prob over a head in which nothing trains makes d log p / d hidden in the forward sweep
+and saves it, the size of hidden: backward is then a factor per row. With a trained head or adapter,
+in linear_kl, and for a gradient through the entropy, saved are hidden and four numbers a row (the
+largest logit, log of the sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is
+repeated in backward. policy_loss knows its coefficients before the loss, makes the gradients in the
+forward call and saves only those. db needs p itself, once the sums are known, for every class: so
+training an adapter costs policy_loss a second sweep too.
+
+Rows whose target is ignore_index give 0 everywhere and no gradient. Triton has no kernels for an
+adapter: on a GPU such a call runs in plain torch, tile by tile.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,6 +45,7 @@ from torch import Tensor
 
 from .._arguments import (
     autocast,
+    check_adapter,
     check_alike,
     check_constant,
     check_float,
@@ -68,6 +81,9 @@ def linear_log_prob(
     target: Tensor,  # (...,)
     *,
     bias: Tensor | None = None,  # (V,)
+    a: Tensor | None = None,  # (R, H)
+    b: Tensor | None = None,  # (V, R)
+    scale: float = 1.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -81,25 +97,31 @@ def linear_log_prob(
         target: (...,) int64 classes in [0, V), or ignore_index. Checked on CPU; on a GPU a class
             out of range is undefined, since checking would wait for the device.
         bias: (V,). temperature: > 0. softcap: > 0 or None, as in Gemma 2's final logits.
+        a, b: (R, H) and (V, R), an lm_head adapter in hidden's dtype or float32, over a frozen
+            weight; gradients come in their own dtype. scale: alpha / R, or alpha / sqrt(R). While
+            neither trains, the gradient of hidden is made in the forward sweep: 2 products of
+            (N, H) and (V, H) in all. While one does, the sweep is repeated in backward: 3.
         return_entropy: also return the entropy of softmax(z), in nats.
 
     Returns:
         (...,) float32 (float64 for float64), or the pair (log_prob, entropy).
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or range is wrong.
+        ValueError, TypeError: a shape, dtype, device or range is wrong; weight requires grad beside
+            an adapter.
     """
     hidden, weight, bias, _, flat_target, lead = _flatten(
-        hidden, weight, bias, None, target, temperature, softcap
+        hidden, weight, bias, None, target, a, b, scale, temperature, softcap
     )
     learns = torch.is_grad_enabled() and hidden.requires_grad
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    frozen = not any(t is not None and t.requires_grad for t in (weight, bias, a, b))
     op = torch.ops.perl_kernels.head_stats
     if learns and frozen:
         op = torch.ops.perl_kernels.head_log_prob
     log_prob, _, _, entropy, *_ = op(
-        hidden, weight, bias, flat_target, None, temperature, softcap or 0.0, ignore_index
-    )
+        hidden, weight, bias, a, b, flat_target, None,
+        scale, temperature, softcap or 0.0, ignore_index,
+    )  # fmt: skip
     if return_entropy:
         return log_prob.view(lead), entropy.view(lead)
     return log_prob.view(lead)
@@ -112,28 +134,33 @@ def linear_kl(
     target: Tensor | None = None,  # (...,)
     *,
     bias: Tensor | None = None,  # (V,)
+    a: Tensor | None = None,  # (R, H)
+    b: Tensor | None = None,  # (V, R)
+    scale: float = 1.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> LinearKL:
     """Exact KL(softmax(z) || softmax(z_ref)) of each row over the whole vocabulary, in nats.
 
-    Both share the head: z from hidden, z_ref from ref_hidden; the gradient goes to hidden only.
-    Arguments as in linear_log_prob; without target every row counts and log_prob is None.
+    Both share the frozen head: z from hidden, with the adapter a, b if there is one, and z_ref from
+    ref_hidden without it. Gradients go to hidden, a and b only. Arguments as in linear_log_prob;
+    without target every row counts and log_prob is None.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or range is wrong; ref_hidden, weight or bias
             requires grad (a head that both sides share has no one-sided gradient).
     """
     check_constant("ref_hidden", ref_hidden, "the reference is a constant here")
-    check_constant("weight", weight, "linear_kl has gradients for hidden only")
-    check_constant("bias", bias, "linear_kl has gradients for hidden only")
+    check_constant("weight", weight, "linear_kl has no gradient for what both sides share")
+    check_constant("bias", bias, "linear_kl has no gradient for what both sides share")
     hidden, weight, bias, ref_hidden, flat_target, lead = _flatten(
-        hidden, weight, bias, ref_hidden, target, temperature, softcap
+        hidden, weight, bias, ref_hidden, target, a, b, scale, temperature, softcap
     )
     log_prob, _, _, entropy, ref_log_prob, _, kl = torch.ops.perl_kernels.head_stats(
-        hidden, weight, bias, flat_target, ref_hidden, temperature, softcap or 0.0, ignore_index
-    )
+        hidden, weight, bias, a, b, flat_target, ref_hidden,
+        scale, temperature, softcap or 0.0, ignore_index,
+    )  # fmt: skip
     return LinearKL(
         kl=kl.view(lead),
         log_prob=None if target is None else log_prob.view(lead),
@@ -152,6 +179,9 @@ def policy_loss(
     kl_coef: float = 0.0,
     mask: Tensor | None = None,  # (...,)
     bias: Tensor | None = None,  # (V,)
+    a: Tensor | None = None,  # (R, H)
+    b: Tensor | None = None,  # (V, R)
+    scale: float = 1.0,
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -159,14 +189,16 @@ def policy_loss(
 ) -> PolicyLoss:
     """The REINFORCE loss of sampled tokens: reduce(-advantage * log_prob + kl_coef * kl).
 
-    The coefficient of each log-probability is known before the loss, so dhidden is made in this
-    call; backward only multiplies it by the incoming scalar. kl is the exact KL to the reference
-    over the whole vocabulary, per token.
+    The coefficient of each log-probability is known before the loss, so every gradient is made in
+    this call; backward only multiplies it by the incoming scalar. kl is the exact KL to the
+    reference over the whole vocabulary, per token.
 
     Args:
-        hidden, weight, target, bias, temperature, softcap, ignore_index: as in linear_log_prob.
+        hidden, weight, target, bias, a, b, scale, temperature, softcap, ignore_index: as in
+            linear_log_prob.
         advantage: (...,) return minus baseline, a constant.
         ref_hidden: (..., H) the reference policy's hidden states, a constant; needed for kl_coef.
+            They go through the head without the adapter a, b.
         mask: (...,) bool or integer, nonzero where a token counts; the others give 0 everywhere.
         reduction: "mean" over the tokens that count, or "sum".
 
@@ -184,8 +216,8 @@ def policy_loss(
     check_constant("advantage", advantage, "policy_loss takes it as a constant")
     if ref_hidden is not None:
         check_constant("ref_hidden", ref_hidden, "the reference is a constant here")
-        check_constant("weight", weight, "with ref_hidden, policy_loss has gradients for hidden")
-        check_constant("bias", bias, "with ref_hidden, policy_loss has gradients for hidden")
+        check_constant("weight", weight, "policy_loss has no gradient for what both sides share")
+        check_constant("bias", bias, "policy_loss has no gradient for what both sides share")
     check_shape("advantage", advantage, tuple(target.shape), "target's shape")
     if mask is not None:
         check_shape("mask", mask, tuple(target.shape), "target's shape")
@@ -193,15 +225,17 @@ def policy_loss(
             raise TypeError(f"mask is {mask.dtype}; wanted bool or integer (weigh the advantage)")
         target = target.where(mask.bool(), ignore_index)
     hidden, weight, bias, ref_hidden, flat_target, lead = _flatten(
-        hidden, weight, bias, ref_hidden, target, temperature, softcap
+        hidden, weight, bias, ref_hidden, target, a, b, scale, temperature, softcap
     )
-    grad = torch.is_grad_enabled()
+    needs = [
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        for tensors in ([hidden], [weight], [bias], [a, b])
+    ]
     loss, log_prob, kl, entropy, *_ = torch.ops.perl_kernels.policy_loss(
-        hidden, weight, bias, flat_target,
+        hidden, weight, bias, a, b, flat_target,
         advantage.reshape(-1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
-        ref_hidden, float(kl_coef), temperature, softcap or 0.0, ignore_index, reduction == "mean",
-        grad and hidden.requires_grad, grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
+        ref_hidden, float(kl_coef), scale, temperature, softcap or 0.0, ignore_index,
+        reduction == "mean", *needs,
     )  # fmt: skip
     return PolicyLoss(
         loss=loss,
@@ -217,6 +251,9 @@ def _flatten(
     bias: Tensor | None,
     ref_hidden: Tensor | None,
     target: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, torch.Size]:
@@ -238,6 +275,7 @@ def _flatten(
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(V,)")
         check_alike("bias", bias, "hidden", hidden)
+    _check_adapter(hidden, weight, a, b, scale)
     if ref_hidden is not None:
         check_shape("ref_hidden", ref_hidden, tuple(hidden.shape), "hidden's shape")
         check_alike("ref_hidden", ref_hidden, "hidden", hidden)
@@ -251,3 +289,18 @@ def _flatten(
     if softcap is not None:
         check_range("softcap", softcap, torch.finfo(torch.float32).tiny, float("inf"), "> 0")
     return hidden.reshape(-1, hidden.shape[-1]), weight, bias, ref_hidden, target, lead
+
+
+def _check_adapter(
+    hidden: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float
+) -> None:
+    if (a is None) != (b is None):
+        given, missing = ("b", "a") if a is None else ("a", "b")
+        raise ValueError(f"{given} is given without {missing}; an lm_head adapter wants both")
+    if a is not None:
+        check_constant("weight", weight, "the base of an adapter is frozen")
+        check_adapter(a, b, weight, "hidden", hidden, "VH")
+    elif scale != 1.0:
+        raise ValueError(f"scale is {scale} and there is no adapter a, b to multiply")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; wanted a finite number")

@@ -1,10 +1,10 @@
 """The head in the dispatcher: schema, fake, backends, autograd.
 
 `head_stats` is a sweep over the vocabulary that writes a few numbers a row; `head_grad` a second
-one that turns per-row incoming gradients into dhidden, and dweight when asked; `head_log_prob` both
-at once for a frozen head of which only log p has a gradient, since d log p / d hidden needs only a
-factor per row afterwards; `policy_loss` the loss and its gradient in one forward. softcap 0 means
-none.
+one that turns per-row incoming gradients into dhidden, and the head's own when asked;
+`head_log_prob` both at once for a frozen head of which only log p has a gradient, since
+d log p / d hidden needs only a factor per row afterwards; `policy_loss` the loss and its gradient
+in one forward. softcap 0 means none; a and b None mean no adapter.
 """
 
 from __future__ import annotations
@@ -27,30 +27,28 @@ from .._softmax import (
 # Schema
 # ------------------------------------------------------------------------------------------------
 
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b"
+_OPTIONS = "float scale, float temperature, float softcap, int ignore_index"
+_NEED = "bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dab"
+_GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db"
 define(
-    "head_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? ref_hidden,"
-    " float temperature, float softcap, int ignore_index) -> (Tensor log_prob, Tensor peak,"
-    " Tensor log_sum, Tensor entropy, Tensor ref_log_prob, Tensor gap, Tensor kl)"
+    f"head_stats({_HEAD}, Tensor? target, Tensor? ref_hidden, {_OPTIONS})"
+    " -> (Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor ref_log_prob,"
+    " Tensor gap, Tensor kl)"
 )
 define(
-    "head_grad(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, Tensor? ref_hidden,"
+    f"head_grad({_HEAD}, Tensor? target, Tensor? ref_hidden,"
     " Tensor peak, Tensor log_sum, Tensor entropy, Tensor gap,"
-    " Tensor? d_log_prob, Tensor? d_entropy, Tensor? d_kl,"
-    " float temperature, float softcap, int ignore_index,"
-    " bool need_dhidden, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    f" Tensor? d_log_prob, Tensor? d_entropy, Tensor? d_kl, {_OPTIONS}, {_NEED}) -> ({_GRADS})"
 )
 define(
-    "head_log_prob(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? d_log_prob,"
-    " float temperature, float softcap, int ignore_index)"
+    f"head_log_prob({_HEAD}, Tensor target, Tensor? d_log_prob, {_OPTIONS})"
     " -> (Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor dhidden)"
 )
 define(
-    "policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor advantage,"
-    " Tensor? ref_hidden, float kl_coef, float temperature, float softcap, int ignore_index,"
-    " bool mean, bool need_dhidden, bool need_dweight, bool need_dbias)"
-    " -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy,"
-    " Tensor dhidden, Tensor dweight, Tensor dbias)"
+    f"policy_loss({_HEAD}, Tensor target, Tensor advantage, Tensor? ref_hidden, float kl_coef,"
+    f" {_OPTIONS}, bool mean, {_NEED})"
+    f" -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy, {_GRADS})"
 )
 define_twins("head_stats", "cpu")
 define_twins("head_grad", "cpu")
@@ -62,81 +60,91 @@ define_twins("head_log_prob", "cpu")
 # ------------------------------------------------------------------------------------------------
 
 
-def _fake_stats(hidden, weight, bias, target, ref_hidden, temperature, softcap, ignore_index):
+def _fake_stats(hidden, weight, bias, a, b, target, ref_hidden, *rest):
     return tuple(empty_stats(hidden, hidden.shape[0], target is not None, ref_hidden is not None))
 
 
-def _empty_grads(hidden, weight, bias, need_dhidden, need_dweight, need_dbias):
+def _empty_grads(hidden, weight, bias, a, b, need_dhidden, need_dweight, need_dbias, need_dab):
+    def like(tensor, wanted, **options):
+        tensor = hidden if tensor is None else tensor
+        return tensor.new_empty(tensor.shape if wanted else (0,), **options)
+
     return (
-        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
-        weight.new_empty(weight.shape if need_dweight else (0,)),
-        hidden.new_empty(
-            weight.shape[:1] if need_dbias else (0,), dtype=statistics_dtype(hidden.dtype)
-        ),
+        like(hidden, need_dhidden),
+        like(weight, need_dweight),
+        like(bias, need_dbias, dtype=statistics_dtype(hidden.dtype)),
+        like(a, need_dab),
+        like(b, need_dab),
     )
 
 
-def _fake_grad(hidden, weight, bias, *rest):
-    return _empty_grads(hidden, weight, bias, *rest[-3:])
+def _fake_grad(hidden, weight, bias, a, b, *rest):
+    return _empty_grads(hidden, weight, bias, a, b, *rest[-4:])
 
 
-def _fake_log_prob(hidden, weight, bias, target, *rest):
+def _fake_log_prob(hidden, *rest):
     stats = empty_stats(hidden, hidden.shape[0], True, False)
     return (*stats[:4], hidden.new_empty(hidden.shape))
 
 
-def _fake_policy_loss(hidden, weight, bias, target, advantage, ref_hidden, *rest):
+def _fake_policy_loss(hidden, weight, bias, a, b, target, advantage, ref_hidden, *rest):
     stats = empty_stats(hidden, hidden.shape[0], True, ref_hidden is not None)
-    grads = _empty_grads(hidden, weight, bias, *rest[-3:])
+    grads = _empty_grads(hidden, weight, bias, a, b, *rest[-4:])
     return (stats.peak.new_empty(()), stats.log_prob, stats.kl, stats.entropy, *grads)
 
 
 # ------------------------------------------------------------------------------------------------
-# Backends
+# Backends. Triton has no kernels for an adapter: plain torch runs there.
 # ------------------------------------------------------------------------------------------------
 
 # Tiles of the plain torch sweep: at most 16 MiB of float32 logits at a time.
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
 
-def _stats(hidden, weight, bias, target, ref_hidden, temperature, softcap, ignore_index):
+def _stats(
+    hidden, weight, bias, a, b, target, ref_hidden, scale, temperature, softcap, ignore_index
+):
     check_targets(target, weight.shape[0], ignore_index)
-    arguments = (hidden, weight, bias, target, ref_hidden, temperature, softcap, ignore_index)
+    head, options = (hidden, weight, bias), (temperature, softcap, ignore_index)
     backend = backend_of(hidden)
     if backend == "cpu":
-        return torch.ops.perl_kernels.head_stats_cpu(*arguments)
-    if backend in ("triton", "cuda"):
-        from . import triton as kernels
-
-        return kernels.stats(*arguments)
-    return _stats_torch(*arguments)
-
-
-def _grad(*arguments):
-    backend = backend_of(arguments[0])
-    if backend == "cpu":
-        return torch.ops.perl_kernels.head_grad_cpu(*arguments)
-    if backend in ("triton", "cuda"):
-        from . import triton as kernels
-
-        return kernels.grad(*arguments)
-    return _grad_torch(*arguments)
-
-
-def _log_prob(hidden, weight, bias, target, d_log_prob, temperature, softcap, ignore_index):
-    """d_log_prob None: 1 for every row."""
-    options = (temperature, softcap, ignore_index)
-    check_targets(target, weight.shape[0], ignore_index)
-    if backend_of(hidden) == "cpu":
-        return torch.ops.perl_kernels.head_log_prob_cpu(
-            hidden, weight, bias, target, d_log_prob, *options
+        return torch.ops.perl_kernels.head_stats_cpu(
+            *head, a, b, target, ref_hidden, scale, *options
         )
-    stats = Stats(*_stats(hidden, weight, bias, target, None, *options))
+    if backend in ("triton", "cuda") and a is None:
+        from . import triton as kernels
+
+        return kernels.stats(*head, target, ref_hidden, *options)
+    return _stats_torch(*head, a, b, target, ref_hidden, scale, *options)
+
+
+def _grad(hidden, weight, bias, a, b, *rest):
+    backend = backend_of(hidden)
+    if backend == "cpu":
+        return torch.ops.perl_kernels.head_grad_cpu(hidden, weight, bias, a, b, *rest)
+    if backend in ("triton", "cuda") and a is None:
+        from . import triton as kernels
+
+        *inputs, _scale, temperature, softcap, ignore_index = rest[:-4]
+        grads = kernels.grad(
+            hidden, weight, bias, *inputs, temperature, softcap, ignore_index, *rest[-4:-1]
+        )
+        return (*grads, hidden.new_empty(0), hidden.new_empty(0))
+    return _grad_torch(hidden, weight, bias, a, b, *rest)
+
+
+def _log_prob(hidden, weight, bias, a, b, target, d_log_prob, *options):
+    """d_log_prob None: 1 for every row."""
+    head = (hidden, weight, bias, a, b)
+    check_targets(target, weight.shape[0], options[-1])
+    if backend_of(hidden) == "cpu":
+        return torch.ops.perl_kernels.head_log_prob_cpu(*head, target, d_log_prob, *options)
+    stats = Stats(*_stats(*head, target, None, *options))
     if d_log_prob is None:
         d_log_prob = torch.ones_like(stats.log_prob)
-    dhidden, _, _ = _grad(
-        hidden, weight, bias, target, None, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-        d_log_prob, None, None, *options, True, False, False,
+    dhidden, *_ = _grad(
+        *head, target, None, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+        d_log_prob, None, None, *options, True, False, False, False,
     )  # fmt: skip
     return (*stats[:4], dhidden)
 
@@ -145,42 +153,50 @@ def _tiles(total: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def _raw_logits(hidden, weight, bias, columns):
+def _adapter_rows(hidden, a, scale):
+    """s (rows, R) = scale * hidden a^T"""
+    dtype = statistics_dtype(hidden.dtype)
+    return None if a is None else scale * (hidden.to(dtype) @ a.to(dtype).T)
+
+
+def _raw_logits(hidden, weight, bias, columns, s=None, b=None):
     dtype = statistics_dtype(hidden.dtype)
     raw = hidden.to(dtype) @ weight[columns].to(dtype).T
+    if s is not None:
+        raw += s @ b[columns].to(dtype).T
     if bias is not None:
         raw += bias[columns].to(dtype)
     return raw
 
 
-def _logits(hidden, weight, bias, columns, temperature, softcap):
-    return transform(_raw_logits(hidden, weight, bias, columns), temperature, softcap)
-
-
-def _stats_torch(hidden, weight, bias, target, ref_hidden, temperature, softcap, ignore_index):
+def _stats_torch(
+    hidden, weight, bias, a, b, target, ref_hidden, scale, temperature, softcap, ignore_index
+):
     out = empty_stats(hidden, hidden.shape[0], target is not None, ref_hidden is not None)
     for rows in _tiles(hidden.shape[0], _TILE_ROWS):
         h = hidden[rows]
-        hq = None if ref_hidden is None else ref_hidden[rows]
+        s = _adapter_rows(h, a, scale)
         t = None if target is None else target[rows]
         state = RowState(h.shape[0], out.peak)
         for columns in _tiles(weight.shape[0], _TILE_COLUMNS):
-            z = _logits(h, weight, bias, columns, temperature, softcap)
-            zq = None if hq is None else _logits(hq, weight, bias, columns, temperature, softcap)
+            z = transform(_raw_logits(h, weight, bias, columns, s, b), temperature, softcap)
+            zq = None
+            if ref_hidden is not None:
+                zq = _raw_logits(ref_hidden[rows], weight, bias, columns)
+                zq = transform(zq, temperature, softcap)
             state.fold(z, zq, t, columns.start)
         state.write(out, rows, None if t is None else t != ignore_index)
     return tuple(out)
 
 
 def _grad_torch(
-    hidden, weight, bias, target, ref_hidden, peak, log_sum, entropy, gap,
-    d_log_prob, d_entropy, d_kl, temperature, softcap, ignore_index,
-    need_dhidden, need_dweight, need_dbias,
+    hidden, weight, bias, a, b, target, ref_hidden, peak, log_sum, entropy, gap,
+    d_log_prob, d_entropy, d_kl, scale, temperature, softcap, ignore_index, *need,
 ):  # fmt: skip
+    need_dhidden, need_dweight, need_dbias, need_dab = need
     dtype = statistics_dtype(hidden.dtype)
-    dhidden = hidden.new_zeros(hidden.shape if need_dhidden else (0,), dtype=dtype)
-    dweight = weight.new_zeros(weight.shape if need_dweight else (0,), dtype=dtype)
-    dbias = weight.new_zeros(weight.shape[:1] if need_dbias else (0,), dtype=dtype)
+    empty = _empty_grads(hidden, weight, bias, a, b, *need)
+    dhidden, dweight, dbias, da, db = (torch.zeros_like(t, dtype=dtype) for t in empty)
     counted = None if target is None else target != ignore_index
     incoming = [
         None if d is None else d if counted is None else d.where(counted, 0.0)
@@ -188,14 +204,17 @@ def _grad_torch(
     ]
     for rows in _tiles(hidden.shape[0], _TILE_ROWS):
         h = hidden[rows]
+        s = _adapter_rows(h, a, scale)
+        ds = None if a is None else torch.zeros_like(s)
         t = None if target is None else target[rows]
         row_stats = (peak[rows], log_sum[rows], entropy[rows], gap[rows])
         d_rows = [None if d is None else d[rows] for d in incoming]
         for columns in _tiles(weight.shape[0], _TILE_COLUMNS):
-            raw = _raw_logits(h, weight, bias, columns)
+            raw = _raw_logits(h, weight, bias, columns, s, b)
             z, zq = transform(raw, temperature, softcap), None
             if d_kl is not None:
-                zq = _logits(ref_hidden[rows], weight, bias, columns, temperature, softcap)
+                zq = _raw_logits(ref_hidden[rows], weight, bias, columns)
+                zq = transform(zq, temperature, softcap)
             dz = logits_gradient(z, zq, t, columns.start, *row_stats, *d_rows)
             dz *= transform_slope(raw, temperature, softcap)
             if need_dhidden:
@@ -204,35 +223,44 @@ def _grad_torch(
                 dweight[columns] += dz.T @ h.to(dtype)
             if need_dbias:
                 dbias[columns] += dz.sum(0)
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias
+            if a is not None:
+                ds += dz @ b[columns].to(dtype)
+            if need_dab:
+                db[columns] += dz.T @ s
+        if need_dhidden and a is not None:
+            dhidden[rows] += scale * (ds @ a.to(dtype))
+        if need_dab:
+            da += scale * (ds.T @ h.to(dtype))
+    grads = (dhidden, dweight, dbias, da, db)
+    return tuple(g.to(like.dtype) for g, like in zip(grads, empty, strict=True))
 
 
 def _policy_loss(
-    hidden, weight, bias, target, advantage, ref_hidden, kl_coef, temperature, softcap,
-    ignore_index, mean, need_dhidden, need_dweight, need_dbias,
+    hidden, weight, bias, a, b, target, advantage, ref_hidden, kl_coef,
+    scale, temperature, softcap, ignore_index, mean, *need,
 ):  # fmt: skip
-    shared = (hidden, weight, bias, target, ref_hidden)
-    options = (temperature, softcap, ignore_index)
+    head, options = (hidden, weight, bias, a, b), (scale, temperature, softcap, ignore_index)
     share = (target != ignore_index).to(statistics_dtype(hidden.dtype))
     if mean:
         share = share / share.sum().clamp(min=1)
     d_log_prob = -share * advantage
-    grads = _empty_grads(hidden, weight, bias, False, False, False)
-    if ref_hidden is None and need_dhidden and not (need_dweight or need_dbias):
+    grads = _empty_grads(*head, False, False, False, False)
+    if ref_hidden is None and need == (True, False, False, False):
         log_prob, _, _, entropy, dhidden = torch.ops.perl_kernels.head_log_prob(
-            hidden, weight, bias, target, d_log_prob, *options
+            *head, target, d_log_prob, *options
         )
         loss = (d_log_prob * log_prob).sum()
         return (loss, log_prob, log_prob.new_empty(0), entropy, dhidden, *grads[1:])
-    stats = Stats(*torch.ops.perl_kernels.head_stats(*shared, *options))
+    inputs = (*head, target, ref_hidden)
+    stats = Stats(*torch.ops.perl_kernels.head_stats(*inputs, *options))
     d_kl = kl_coef * share if ref_hidden is not None else None
     loss = (d_log_prob * stats.log_prob).sum()
     if d_kl is not None:
         loss = loss + (d_kl * stats.kl).sum()
-    if need_dhidden or need_dweight or need_dbias:
+    if any(need):
         grads = torch.ops.perl_kernels.head_grad(
-            *shared, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-            d_log_prob, None, d_kl, *options, need_dhidden, need_dweight, need_dbias,
+            *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+            d_log_prob, None, d_kl, *options, *need,
         )  # fmt: skip
     return (loss, stats.log_prob, stats.kl, stats.entropy, *grads)
 
@@ -243,49 +271,55 @@ def _policy_loss(
 
 
 def _stats_setup(ctx, inputs, output):
-    hidden, weight, bias, target, ref_hidden, *ctx.options = inputs
+    *tensors, scale, temperature, softcap, ignore_index = inputs
+    ctx.options = (scale, temperature, softcap, ignore_index)
     stats = Stats(*output)
     ctx.mark_non_differentiable(stats.peak, stats.log_sum, stats.ref_log_prob, stats.gap)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, weight, bias, target, ref_hidden,
-        stats.peak, stats.log_sum, stats.entropy, stats.gap,
-    )  # fmt: skip
+    ctx.save_for_backward(*tensors, stats.peak, stats.log_sum, stats.entropy, stats.gap)
 
 
 def _stats_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _ref_log_prob, _gap, d_kl):
-    has_target, has_ref = ctx.saved_tensors[3] is not None, ctx.saved_tensors[4] is not None
-    need = ctx.needs_input_grad[:3]
+    *head, target, ref_hidden = ctx.saved_tensors[:7]
+    *need, need_da, need_db = ctx.needs_input_grad[:5]
     grads = torch.ops.perl_kernels.head_grad(
         *ctx.saved_tensors,
-        d_log_prob if has_target else None,
+        None if target is None else d_log_prob,
         d_entropy,
-        d_kl if has_ref else None,
+        None if ref_hidden is None else d_kl,
         *ctx.options,
         *need,
+        need_da or need_db,
     )
-    inputs = (ctx.saved_tensors[0], ctx.saved_tensors[1], ctx.saved_tensors[2])
+    return _wanted(ctx, grads, [None if t is None else t.dtype for t in head])
+
+
+def _wanted(ctx, grads, dtypes):
+    """The gradients of hidden, weight, bias, a and b that autograd asks for; None for the rest."""
+    need = ctx.needs_input_grad
     wanted = [
-        g.to(t.dtype) if needed else None for g, t, needed in zip(grads, inputs, need, strict=True)
+        g.to(dtype) if needed else None
+        for g, dtype, needed in zip(grads, dtypes, need[:5], strict=True)
     ]
-    return (*wanted, None, None, None, None, None)
+    return (*wanted, *[None] * (len(need) - 5))
 
 
 def _log_prob_setup(ctx, inputs, output):
-    hidden, weight, bias, target, _, *ctx.options = inputs
+    *head, target, _, scale, temperature, softcap, ignore_index = inputs
+    ctx.options = (scale, temperature, softcap, ignore_index)
     _, peak, log_sum, entropy, dhidden = output
     ctx.mark_non_differentiable(peak, log_sum, dhidden)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, peak, log_sum, entropy, dhidden)
+    ctx.save_for_backward(*head, target, peak, log_sum, entropy, dhidden)
 
 
 def _log_prob_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _dhidden):
-    *inputs, target, peak, log_sum, entropy, unit = ctx.saved_tensors
-    nothing = (None,) * 7
+    *inputs, peak, log_sum, entropy, unit = ctx.saved_tensors
+    nothing = (None,) * (len(ctx.needs_input_grad) - 1)
     if d_entropy is not None:
-        dhidden, _, _ = torch.ops.perl_kernels.head_grad(
-            *inputs, target, None, peak, log_sum, entropy, peak.new_empty(0),
-            d_log_prob, d_entropy, None, *ctx.options, True, False, False,
+        dhidden, *_ = torch.ops.perl_kernels.head_grad(
+            *inputs, None, peak, log_sum, entropy, peak.new_empty(0),
+            d_log_prob, d_entropy, None, *ctx.options, True, False, False, False,
         )  # fmt: skip
         return (dhidden, *nothing)
     if d_log_prob is None:
@@ -294,7 +328,7 @@ def _log_prob_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _dhidden):
 
 
 def _policy_setup(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     _, log_prob, kl, entropy, *grads = output
     ctx.mark_non_differentiable(log_prob, kl, entropy, *grads)
     ctx.set_materialize_grads(False)
@@ -302,14 +336,9 @@ def _policy_setup(ctx, inputs, output):
 
 
 def _policy_backward(ctx, d_loss, *_):
-    nothing = (None,) * len(ctx.needs_input_grad)
     if d_loss is None:
-        return nothing
-    grads = [
-        (g * d_loss.to(g.dtype)).to(ctx.dtype) if needed else None
-        for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    ]
-    return (*grads, *nothing[3:])
+        return (None,) * len(ctx.needs_input_grad)
+    return _wanted(ctx, [g * d_loss.to(g.dtype) for g in ctx.saved_tensors], ctx.dtypes)
 
 
 implement("head_stats", _stats, _fake_stats, _stats_setup, _stats_backward)
