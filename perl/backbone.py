@@ -31,6 +31,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,11 +55,21 @@ BASE_FILE = "base.json"  # beside every saved adapter: which base it belongs to
 
 
 class Head(NamedTuple):
-    """The LM head as `perl_kernels` takes it: z = softcap · tanh((h weightᵀ + bias) / softcap)."""
+    """The LM head as `perl_kernels` takes it: `pk.linear_log_prob(h, weight, ids, **options)`.
+
+    z = softcap · tanh((h weightᵀ + scale · (h aᵀ) bᵀ + bias) / softcap).
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     softcap: float | None
+    a: Tensor | None = None  # (R, H), the role's adapter on the head where it has one
+    b: Tensor | None = None  # (V, R)
+    scale: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if name != "weight"}
 
 
 @dataclasses.dataclass
@@ -147,11 +158,15 @@ class Backbone:
         """Adds a trainable role that starts as the base: a new adapter (B = 0), or a copy.
 
         scalar: with a float32 head (1, H) that turns hidden states into scores or values, drawn
-        as transformers draws `score`, N(0, initializer_range).
+        as transformers draws `score`, N(0, initializer_range). It has no LM head: targets that name
+        one are for the roles beside it, and refused where there are none.
         """
         self._check_new(name)
         if self.tuning == "lora":
-            _apply(self.model, self.lora, name)
+            lora = self.lora
+            if scalar and any(role.score is None for role in self._roles.values()):
+                lora = _without_head(lora, self.model)
+            _apply(self.model, lora, name, scalar)
             role = _Role(self.model, name, self._new_score() if scalar else None, trainable=True)
         else:
             model = copy.deepcopy(self.model) if self._reference else self.model
@@ -255,12 +270,18 @@ class Backbone:
     def head(self, role: str | None = None) -> Head:
         """The LM head that belongs to a role's hidden states.
 
-        Under LoRA it is the base's, frozen and the same for all. Under full tuning each role has
-        its own, which trains with the rest.
+        Under LoRA it is the base's, frozen and the same for all, with the role's own adapter where
+        the targets name the head. Under full tuning each role has its own, which trains with the
+        rest.
         """
         model = self.model if role is None else self._roles[role].model
         output = model.get_output_embeddings()
-        return Head(output.weight, getattr(output, "bias", None), _softcap(model.config))
+        head = Head(output.weight, getattr(output, "bias", None), _softcap(model.config))
+        name = None if role is None else self._roles[role].adapter
+        adapter = _head_adapter(model, name)
+        if adapter is None:
+            return head
+        return head._replace(a=output.lora_A[name], b=output.lora_B[name], scale=adapter.scale)
 
     def values(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T)
         """The scalar head at every position, float32. What stands at padding means nothing."""
@@ -305,6 +326,12 @@ class Backbone:
             raise ValueError("one role is all there is without load(reference=True)")
 
     def _add(self, name: str, role: _Role) -> None:
+        adapter = _head_adapter(role.model, role.adapter)
+        if role.trainable and adapter is not None and adapter.dropout > 0.0:
+            raise UsageError(
+                f"the adapter of the LM head has dropout {adapter.dropout}, which the trainer's "
+                "losses have not: give --lora-dropout 0, or leave the head out of the targets"
+            )
         role.model.eval()
         self._roles[name] = role
         self._layers[role.model] = [m for m in role.model.modules() if isinstance(m, pk.LoRALinear)]
@@ -363,16 +390,44 @@ def _set_requires_grad(role: _Role) -> None:
         parameter.requires_grad_(role.trainable)
 
 
-def _apply(model: nn.Module, lora: pk.LoRAConfig, name: str) -> None:
+def _apply(model: nn.Module, lora: pk.LoRAConfig, name: str, scalar: bool) -> None:
     try:
         pk.apply_lora(model, lora, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    if isinstance(model.get_output_embeddings(), pk.LoRALinear):
+    if scalar and _head_adapter(model, name) is not None:
         raise UsageError(
-            "target_modules names the LM head: the trainer's losses read the head as one frozen "
-            "weight; leave it out"
+            "target_modules names the LM head, and a scalar role has none: leave it out"
         )
+
+
+def _head_adapter(model: nn.Module, name: str | None) -> Any:
+    """The adapter of that name on the LM head: its rank, scale and dropout; None without one."""
+    output = model.get_output_embeddings() if name is not None else None
+    return output.adapters.get(name) if isinstance(output, pk.LoRALinear) else None
+
+
+def _without_head(lora: pk.LoRAConfig, model: nn.Module) -> pk.LoRAConfig:
+    """The same adapter on everything but the LM head."""
+    output, targets = model.get_output_embeddings(), lora.target_modules
+    head = next(name for name, module in model.named_modules() if module is output)
+    if isinstance(targets, str):
+        # "all-linear" leaves the head out; a regular expression may match it
+        kept = targets if targets == "all-linear" else f"(?!{re.escape(head)}$)(?:{targets})"
+    else:
+        kept = [t for t in targets if head != t and not head.endswith(f".{t}")]
+    if not kept:
+        raise UsageError("target_modules names the LM head alone, and a scalar role has none")
+    return dataclasses.replace(lora, target_modules=kept)
+
+
+def _untie_adapted_head(model: nn.Module) -> None:
+    """So that merging an adapter of the LM head leaves the input embedding alone."""
+    output = model.get_output_embeddings()
+    tied = output.weight is model.get_input_embeddings().weight
+    if tied and isinstance(output, pk.LoRALinear):
+        output.base_layer.weight = nn.Parameter(output.weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _with_score(model: nn.Module, score: nn.Linear, tokenizer: Any) -> nn.Module:
@@ -435,6 +490,7 @@ def _load_causal_lm(path: str | Path, dtype: torch.dtype | None) -> tuple[nn.Mod
     _check_base(folder, _identity(model, base))
     if _load_adapter(model, folder, "merged", base):
         raise UsageError(f"{path} is a reward or value model, not a language model")
+    _untie_adapted_head(model)
     pk.merge_lora(model, "merged")
     return pk.unload_lora(model), source
 
@@ -519,10 +575,10 @@ def _check_head(backbone: Backbone) -> None:
     ids = torch.arange(4, device=backbone.device).unsqueeze(0) % output.weight.shape[0]
     mask = torch.ones_like(ids)
     want = backbone.model(ids, attention_mask=mask, use_cache=False).logits.float()
-    weight, bias, softcap = backbone.head()
-    got = F.linear(backbone.hidden(None, ids, mask), weight, bias).float()
-    if softcap is not None:
-        got = softcap * torch.tanh(got / softcap)
+    head = backbone.head()
+    got = F.linear(backbone.hidden(None, ids, mask), head.weight, head.bias).float()
+    if head.softcap is not None:
+        got = head.softcap * torch.tanh(got / head.softcap)
     error = (got - want).abs().max().item()
     if not error <= 0.02 * max(1.0, want.abs().max().item()):
         raise UsageError(

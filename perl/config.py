@@ -112,7 +112,7 @@ class TrainConfig(ModelConfig):
     lora_targets: list[str] = option(
         ["all-linear"],
         help="names of the modules that get an "
-        "adapter, or all-linear (every linear layer but the head)",
+        "adapter, or all-linear (every linear layer but the head; lm_head names it)",
     )
     use_rslora: bool = option(False, help="scale alpha / sqrt(R) in place of alpha / R")
 

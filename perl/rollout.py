@@ -98,6 +98,8 @@ def generate(
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:  # (B, H) -> (B, V) float32
     logits = F.linear(hidden, head.weight, head.bias).float()
+    if head.a is not None:
+        logits += head.scale * F.linear(F.linear(hidden.float(), head.a.float()), head.b.float())
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 

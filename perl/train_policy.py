@@ -226,9 +226,8 @@ def sampled_kl(
             answer_states(backbone, None, rollout, rows),
             head.weight,
             ids[rows],
-            bias=head.bias,
             temperature=config.temperature,
-            softcap=head.softcap,
+            **head.options,
         )
         for rows in micro_batches(config.micro_batch_size, len(ids))
     ]
@@ -291,10 +290,9 @@ def learn(
             ref_hidden=ref_hidden,
             kl_coef=config.beta if in_loss else 0.0,
             mask=mask[rows],
-            bias=head.bias,
             temperature=config.temperature,
-            softcap=head.softcap,
             reduction="sum",
+            **head.options,
         )
         (out.loss / tokens).backward()
         total += (out.loss / tokens).item()

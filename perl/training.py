@@ -129,11 +129,7 @@ def learned_log_prob(
     hidden = backbone.hidden(role, input_ids[:, :-1], mask[:, :-1])
     head = backbone.head(role)
     return pk.linear_log_prob(
-        hidden[learned],
-        head.weight,
-        input_ids[:, 1:][learned],
-        bias=head.bias,
-        softcap=head.softcap,
+        hidden[learned], head.weight, input_ids[:, 1:][learned], **head.options
     )
 
 

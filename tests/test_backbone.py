@@ -200,11 +200,11 @@ def test_padding_on_either_side_changes_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_head_make_the_models_logits(family):
     backbone = make(family=family)
-    weight, bias, softcap = backbone.head()
-    assert (softcap is not None) == (family == "gemma2")
+    head = backbone.head()
+    assert (head.softcap is not None) == (family == "gemma2") and head.a is None
     ids, mask = batch()
     log_prob = pk.linear_log_prob(
-        backbone.hidden(None, ids, mask)[:, :-1], weight, ids[:, 1:], bias=bias, softcap=softcap
+        backbone.hidden(None, ids, mask)[:, :-1], head.weight, ids[:, 1:], **head.options
     )
     logits = backbone.model(ids, attention_mask=mask).logits[:, :-1]
     wanted = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -441,12 +441,78 @@ def test_families_with_more_than_a_head_are_refused():
         Backbone.load(model=model, tokenizer=tiny_tokenizer())
 
 
+def make_adapted(targets, family="llama", **config) -> Backbone:
+    lora = pk.LoRAConfig(r=3, alpha=6, target_modules=targets, **config)
+    return Backbone.load(model=tiny_model(family), tokenizer=tiny_tokenizer(), lora=lora)
+
+
 def test_targets_that_do_not_fit_are_refused():
-    for target, message in (("no_such", "matches no module"), ("lm_head", "LM head")):
-        lora = pk.LoRAConfig(r=3, target_modules=[target])
-        backbone = Backbone.load(model=tiny_model(), tokenizer=tiny_tokenizer(), lora=lora)
-        with pytest.raises(UsageError, match=message):
-            backbone.add_role("policy")
+    with pytest.raises(UsageError, match="matches no module"):
+        make_adapted(["no_such"]).add_role("policy")
+    with pytest.raises(UsageError, match="LM head, and a scalar role has none"):
+        make_adapted(["q_proj", "lm_head"]).add_role("reward", scalar=True)
+    alone = make_adapted(["lm_head"])
+    alone.add_role("policy")
+    with pytest.raises(UsageError, match="LM head alone, and a scalar role has none"):
+        alone.add_role("value", scalar=True)
+    with pytest.raises(UsageError, match="the LM head has dropout 0.1"):
+        make_adapted(["q_proj", "lm_head"], dropout=0.1).add_role("policy")
+
+
+# ------------------------------------------------------------------------------- adapted LM head
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "(.*q_proj)|(lm_head)"], ids=str)
+def test_an_adapted_head_is_the_policys_alone(targets):
+    backbone, (ids, mask) = make_adapted(targets), batch()
+    before = backbone.head()
+    backbone.add_role("policy")
+    backbone.add_role("value", scalar=True)
+    perturb(backbone.trainable("policy"))
+    head = backbone.head("policy")
+    assert head.a.shape[0] == 3 and head.scale == 2.0 and head.a.requires_grad
+    for role in (None, "value"):
+        frozen = backbone.head(role)
+        assert frozen.a is None and frozen.b is None and frozen.weight is before.weight
+    names = {role: [key for key, _ in backbone.trainable(role)] for role in ("policy", "value")}
+    assert {"lm_head.lora_A", "lm_head.lora_B"} < set(names["policy"])
+    assert not any("lm_head" in name for name in names["value"])
+    with torch.no_grad():
+        log_prob = pk.linear_log_prob(
+            backbone.hidden("policy", ids, mask), head.weight, ids, **head.options
+        )
+        pk.set_adapter(backbone.model, "policy")
+        logits = backbone.model(ids, attention_mask=mask).logits
+    wanted = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(log_prob[0], wanted[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: embeddings tied, and a softcap
+def test_an_adapted_head_is_saved_and_merged(family, tmp_path):
+    base = save_tiny(tmp_path / "base", family)
+    lora = pk.LoRAConfig(r=3, target_modules=["v_proj", "lm_head"])
+    source = Backbone.load(base, lora=lora)
+    source.add_role("policy")
+    perturb(source.trainable("policy"))
+    source.save_role("policy", tmp_path / "policy")
+
+    def log_prob(backbone, role):
+        ids, mask = batch()
+        hidden, head = backbone.hidden(role, ids, mask), backbone.head(role)
+        return pk.linear_log_prob(hidden, head.weight, ids, **head.options)[mask.bool()]
+
+    with torch.no_grad():
+        wanted = log_prob(source, "policy")
+        assert not torch.allclose(wanted, log_prob(source, None))
+        loaded = Backbone.load(base)
+        loaded.load_role("policy", tmp_path / "policy")
+        torch.testing.assert_close(log_prob(loaded, "policy"), wanted)
+        merged = Backbone.load(tmp_path / "policy")
+        torch.testing.assert_close(log_prob(merged, None), wanted, rtol=1e-4, atol=1e-4)
+        merged.model.save_pretrained(tmp_path / "merged")
+        merged.tokenizer.save_pretrained(tmp_path / "merged")
+        again = Backbone.load(tmp_path / "merged")
+        assert log_prob(again, None).equal(log_prob(merged, None))
 
 
 def test_sequences_beyond_the_context_are_refused():

@@ -14,9 +14,10 @@ from perl.rollout import generate, truncate
 PROMPTS = [[1, 7, 9, 30, 55, 3, 12, 13, 90, 4, 77], [1, 200], [1, 8, 17, 260]]
 
 
-def make(family="llama", **keywords) -> Backbone:
+def make(family="llama", targets="all-linear", **keywords) -> Backbone:
+    lora = pk.LoRAConfig(r=3, target_modules=targets)
     return Backbone.load(
-        model=tiny_model(family), tokenizer=tiny_tokenizer(), lora=pk.LoRAConfig(r=3), **keywords
+        model=tiny_model(family), tokenizer=tiny_tokenizer(), lora=lora, **keywords
     )
 
 
@@ -80,9 +81,10 @@ def test_an_answer_ends_with_its_end_of_sequence_token():
     assert alone.completion_ids.shape == (1, ended)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "lm_head"]], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family):
-    backbone = make(family)
+def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family, targets):
+    backbone = make(family, targets)
     backbone.add_role("policy")
     perturb(backbone.trainable("policy"))
     rollout = generate(
@@ -93,7 +95,7 @@ def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family)
     head = backbone.head("policy")
     again = pk.linear_log_prob(
         hidden[:, rollout.prompt_len - 1 :], head.weight, rollout.completion_ids,
-        temperature=0.7, softcap=head.softcap,
+        temperature=0.7, **head.options,
     )  # fmt: skip
     # one token at a time and all at once round differently, in proportion to the logits
     largest = (hidden @ head.weight.T).abs().max().item() / 0.7

@@ -70,11 +70,10 @@ def metrics(run) -> list[dict]:
 # ----------------------------------------------------------------------------------- gradients
 
 
-def scene(world, tuning: str, dtype: str):
+def scene(world, tuning: str, dtype: str, targets="all-linear"):
     """A perturbed policy and value, one rollout with answers of different lengths, returns."""
-    backbone = Backbone.load(
-        world / "base", tuning=tuning, reference=True, lora=pk.LoRAConfig(r=3), dtype=dtype
-    )
+    lora = pk.LoRAConfig(r=3, target_modules=targets)
+    backbone = Backbone.load(world / "base", tuning=tuning, reference=True, lora=lora, dtype=dtype)
     for role, scalar in (("policy", False), ("value", True)):
         backbone.add_role(role, scalar=scalar)
         perturb(backbone.trainable(role), scale=0.05)
@@ -105,7 +104,10 @@ def plain_losses(config, backbone, rollout, returns):
 
     def log_softmax(role):
         hidden, head = backbone.hidden(role, *inputs)[:, start:-1], backbone.head(role)
-        return (hidden @ head.weight.T / config.temperature).log_softmax(-1)
+        logits = hidden @ head.weight.T
+        if head.a is not None:
+            logits = logits + head.scale * (hidden @ head.a.T) @ head.b.T
+        return (logits / config.temperature).log_softmax(-1)
 
     ours, anchor = log_softmax("policy"), log_softmax(None).detach()
     log_prob = ours.gather(-1, rollout.completion_ids[..., None]).squeeze(-1)
@@ -133,6 +135,8 @@ def gradients(backbone):
         ("lora", {"whiten_advantages": True}),
         ("lora", {"baseline": "batch_mean"}),
         ("lora", {"baseline": "none", "micro_batch_size": 1}),
+        ("lora", {"lora_targets": ["q_proj", "lm_head"]}),
+        ("lora", {"lora_targets": ["q_proj", "lm_head"], "kl_in": "loss", "beta": 0.4}),
         ("full", {}),
         ("full", {"micro_batch_size": 2}),
     ],
@@ -141,7 +145,8 @@ def gradients(backbone):
 def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, tolerance):
     """float64 is bounded by the value head and the rollout's log-probabilities, kept in float32."""
     config = make_config(world, tuning=tuning, **changes)
-    backbone, rollout, returns = scene(world, tuning, dtype)
+    targets = changes.get("lora_targets", "all-linear")
+    backbone, rollout, returns = scene(world, tuning, dtype, targets)
     policy_loss, value_loss = plain_losses(config, backbone, rollout, returns)
     (policy_loss + (value_loss if config.baseline == "value" else 0.0)).backward()
     wanted = gradients(backbone)
@@ -158,6 +163,8 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
             assert ((gradient - wanted[key]).abs().max() / scale) < 10 * tolerance, key
             norms[key[0]] += gradient.abs().sum().item()
     assert norms["policy"] > 0 and (norms["value"] > 0) == (config.baseline == "value")
+    of_head = [key for key in wanted if "lm_head.lora_" in key[1]]
+    assert len(of_head) == 2 * ("lm_head" in targets)
 
 
 def test_sampled_kl_is_the_log_ratio_and_its_mean_the_exact_kl(world):
