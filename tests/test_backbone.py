@@ -102,7 +102,7 @@ def test_a_new_role_is_the_reference_and_training_it_moves_nothing_else():
     reference = backbone.hidden(None, ids, mask)
     backbone.add_role("policy")
     backbone.add_role("value", scalar=True)
-    assert backbone.hidden("policy", ids, mask).equal(reference)
+    torch.testing.assert_close(backbone.hidden("policy", ids, mask), reference)
     values = backbone.values("value", ids, mask)
     perturb(backbone.trainable("policy"))
     assert not backbone.hidden("policy", ids, mask).allclose(reference, atol=1e-3)
