@@ -86,9 +86,9 @@ class Law:
 
 
 # ------------------------------------------------------------------------------------------------
-# lora_linear. Rows: up to 8 or 32 are multiplied as they lie, up to 256 go to ATen in bfloat16 where
-# the processor multiplies that; 121 and 259 are one past a block of 120 and past a float16 sum of
-# sums. Columns: 193 and 385 are one past a tile of 192.
+# lora_linear. Rows: up to 8 or 32 are multiplied as they lie, up to 256 go to ATen in bfloat16
+# where the processor multiplies that; 121 and 259 are one past a block of 120 and past a float16
+# sum of sums. Columns: 193 and 385 are one past a tile of 192.
 # ------------------------------------------------------------------------------------------------
 
 

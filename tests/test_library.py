@@ -86,22 +86,51 @@ def run(code: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.skipif(bool(_library.missing["cpu"]), reason="the CPU kernels are not compiled")
+# An extension compiled for another torch is not loaded.
+WITHOUT_EXTENSION = (
+    "import json, pathlib, warnings\n"
+    "read = pathlib.Path.read_text\n"
+    "pathlib.Path.read_text = lambda p, *a, **k: json.dumps({'torch': '1.0'})"
+    " if p.name == '_cpu.json' else read(p, *a, **k)\n"
+    "import torch, perl_kernels as pk\n"
+)
+needs_extension = pytest.mark.skipif(
+    bool(_library.missing["cpu"]), reason="the CPU kernels are not compiled"
+)
+
+
+@needs_extension
 def test_works_without_the_extension_and_says_so_once():
-    """An extension compiled for another torch is not loaded; plain torch runs, with one warning."""
     found = run(
-        "import json, pathlib, warnings\n"
-        "read = pathlib.Path.read_text\n"
-        "pathlib.Path.read_text = lambda p, *a, **k: json.dumps({'torch': '1.0'})"
-        " if p.name == '_cpu.json' else read(p, *a, **k)\n"
-        "import torch, perl_kernels as pk\n"
-        "x, w, a, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)\n"
+        WITHOUT_EXTENSION
+        + "x, w, a, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)\n"
         "print(pk.lora_linear(x, w, a, b).sum().item())\n"
         "pk.lora_linear(x, w, a, b)\n"
     )
     assert found.stdout.strip() == "48.0", found.stderr
     assert found.stderr.count("perl_kernels runs plain torch on cpu, slower") == 1
     assert "compiled for torch 1.0" in found.stderr
+
+
+@needs_extension
+def test_autograd_without_the_extension():
+    """Its formula is in Python then, with it in C++: all gradients, of projections that share x."""
+    code = (
+        "torch.manual_seed(0)\n"
+        "sizes = [(5, 7), (4, 7), (6, 7), (2, 7), (3, 7), (4, 2), (6, 3), (4,), (6,)]\n"
+        "x, w0, w1, *leaves = [torch.randn(*size) for size in sizes]\n"
+        "a0, a1, b0, b1, c0, c1 = [t.requires_grad_() for t in leaves]\n"
+        "x.requires_grad_()\n"
+        "y = pk.lora_linear(x, [w0, w1], [a0, a1], [b0, b1], bias=[c0, c1], dropout_p=0.3)\n"
+        "total = y[0].square().sum() + y[1].sin().sum()\n"
+        "for g in torch.autograd.grad(total, [x, *leaves]): print(g.flatten().tolist())\n"
+    )
+    python, cpp = run(WITHOUT_EXTENSION + code), run("import torch, perl_kernels as pk\n" + code)
+    assert "runs plain torch" in python.stderr and "plain torch" not in cpp.stderr
+    gradients = [[ast.literal_eval(line) for line in r.stdout.splitlines()] for r in (python, cpp)]
+    assert len(gradients[0]) == 7, python.stderr
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=1e-5, rtol=1e-5)
 
 
 def test_import_does_not_need_triton():
