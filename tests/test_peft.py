@@ -40,8 +40,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(ours: nn.Module, peers: nn.Module, tolerance: float = 2e-6) -> None:
-    assert difference(logits_of(ours), logits_of(peers)) < tolerance
+def assert_same(ours: nn.Module, peers: nn.Module) -> None:
+    """Against PEFT's model in float64: in float32 its own logits may be that far off."""
+    assert difference(logits_of(ours), logits_of(copy.deepcopy(peers).double())) < 2e-6
 
 
 def assert_same_gradients(ours: nn.Module, peers: nn.Module) -> None:
