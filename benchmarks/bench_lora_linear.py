@@ -15,10 +15,11 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._bars import DROPOUT, FORWARD, ONE_TOKEN, PROJECTIONS, TRAIN
+from benchmarks._lora import SCALE, peft_layer, saved_bytes
 from benchmarks._measure import (
     Case,
     Compared,
@@ -34,7 +35,6 @@ from perl_kernels.lora_linear import reference
 
 ROOM = "lora_linear"
 PEERS = ("peft",)
-SCALE = 2.0  # alpha 32 at rank 16
 COMPILED = f"{TRAIN}, compiled"
 SHAPES = {  # (N, D, O)
     "quick": [(512, 1024, 1024), (1024, 512, 512)],
@@ -159,7 +159,7 @@ def contest(case: Case) -> Contest:
     if find_spec("peft") is None:
         missing["peft"] = "peft is not installed"
     else:
-        layers = [_peft_layer(*t, case.dropout_p) for t in zip(weight, a, b, strict=True)]
+        layers = [peft_layer(*t, SCALE, case.dropout_p) for t in zip(weight, a, b, strict=True)]
         leaves = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
         run["peft"] = call(lambda: tuple(layer(x) for layer in layers), leaves)
     if trains and count == 1:
@@ -183,39 +183,12 @@ def contest(case: Case) -> Contest:
         compare=compare,
         flops=flops,
         missing=missing,
-        measures=lambda: _saved_bytes(ours, x, [*weight, *a, *b]) if trains else {},
+        measures=lambda: (
+            {"saved_bytes_per_element": saved_bytes(ours, [*weight, *a, *b]) / x.numel()}
+            if trains
+            else {}
+        ),
     )
-
-
-def _saved_bytes(forward, x: Tensor, parameters: list[Tensor]) -> dict[str, float]:
-    """What autograd keeps for backward besides parameters, per element of x."""
-    known = {t.untyped_storage().data_ptr() for t in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return {"saved_bytes_per_element": sum(kept.values()) / x.numel()}
-
-
-def _peft_layer(weight: Tensor, a: Tensor, b: Tensor, dropout_p: float) -> nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    outs, features = weight.shape
-    linear = nn.Linear(features, outs, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    config = LoraConfig(
-        r=a.shape[0], lora_alpha=SCALE * a.shape[0], lora_dropout=dropout_p, target_modules=["0"]
-    )
-    layer = inject_adapter_in_model(config, nn.Sequential(linear))[0]
-    layer.lora_A["default"].weight = nn.Parameter(a.detach().clone())
-    layer.lora_B["default"].weight = nn.Parameter(b.detach().clone())
-    return layer.train()
 
 
 # Ours, and the definition, with the same dropout mask.

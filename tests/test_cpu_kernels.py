@@ -24,6 +24,8 @@ from perl_kernels import _dropout, _library
 from perl_kernels.head import reference as head_reference
 from perl_kernels.log_prob import reference as logits_reference
 from perl_kernels.lora_linear import reference as lora_reference
+from perl_kernels.lora_mlp import LoRAProjection
+from perl_kernels.lora_mlp import reference as mlp_reference
 
 if _library.missing["cpu"]:
     pytest.skip(f"cpu backend: {_library.missing['cpu']}", allow_module_level=True)
@@ -153,6 +155,82 @@ def test_law_lora_linear(dtype):
             lora_results(tensors, *rest, True),
             lora_results(tensors, *rest, False),
             lora_results(doubled(tensors), *rest, False),
+        )
+    law.check()
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_mlp. Rows as above. F: 193 and 385 are one past a tile; an odd F, like an odd D, takes float
+# panels where bfloat16 goes by pairs. Ranks to 256, more than D has. Threads in turn, 1 and 2.
+# ------------------------------------------------------------------------------------------------
+
+
+def mlp_case(index: int, dtype: torch.dtype):
+    choose = random.Random(index)
+    torch.manual_seed(index)
+    adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
+    n, d = choose.choice([1, 3, 7, 64, 121, 259]), choose.choice([2, 17, 64, 130, 256])
+    f, o = choose.choice([1, 45, 96, 193, 200, 385]), choose.choice([d, d, 1, 66])
+    with_bias = choose.random() < 0.5
+    tensors = {"x": laid_out(choose, torch.randn(n, d).to(dtype)).requires_grad_()}
+    scale = []
+    for i, (outs, ins) in enumerate(((f, d), (f, d), (o, f))):
+        rank = choose.choice([1, 5, 16, 33, 64, 129, 256])
+        scale.append(choose.choice([0.5, 1.0, 2.0]))
+        tensors[f"weight{i}"] = laid_out(choose, (torch.randn(outs, ins) / ins**0.5).to(dtype))
+        tensors[f"bias{i}"] = torch.randn(outs).to(dtype).requires_grad_() if with_bias else None
+        if choose.random() < 0.1:  # no adapter
+            tensors[f"a{i}"] = tensors[f"b{i}"] = None
+            continue
+        a = (torch.randn(rank, ins) / ins**0.5).to(adapter_dtype)
+        tensors[f"a{i}"] = laid_out(choose, a).requires_grad_()
+        b = (torch.randn(outs, rank) / rank**0.5).to(adapter_dtype)
+        tensors[f"b{i}"] = laid_out(choose, b).requires_grad_()
+    options = {
+        "activation": choose.choice(["silu", "gelu_tanh"]),
+        "dropout_p": choose.choice([0.0, 0.0, 0.3]),
+    }
+    dy = laid_out(choose, torch.randn(n, o).to(dtype))
+    return tensors, scale, options, dy, choose.choice(["gate_up", "input"]), index
+
+
+def mlp_results(tensors, scale, options, dy, save, seed, compiled: bool):
+    tensors = {k: t.requires_grad_() if t is not None else None for k, t in tensors.items()}
+    for i in range(3):
+        tensors[f"weight{i}"].requires_grad_(False)
+    cast = {k: t.to(tensors["x"].dtype) if t is not None else None for k, t in tensors.items()}
+    of = tensors if compiled else cast
+    blocks = [
+        LoRAProjection(of[f"weight{i}"], of[f"a{i}"], of[f"b{i}"], of[f"bias{i}"], scale[i])
+        for i in range(3)
+    ]
+    torch.manual_seed(seed)
+    if compiled:
+        y = pk.lora_mlp(tensors["x"], *blocks, save=save, **options)
+    else:
+        seeds = [_dropout.new_seed(torch.device("cpu")) for _ in range(2)]
+        y = mlp_reference.lora_mlp(
+            tensors["x"], *blocks, **options, seed_x=seeds[0], seed_h=seeds[1]
+        )
+    leaves = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    assert not compiled or all(t.is_contiguous() for t in (y, *found))
+    return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, found, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_lora_mlp(dtype):
+    law = Law(dtype)
+    for case in range(120):
+        tensors, *rest = mlp_case(case, dtype)
+        torch.set_num_threads(1 + case % 2)
+        ours = mlp_results(tensors, *rest, compiled=True)
+        torch.set_num_threads(1)
+        law.add(
+            case,
+            ours,
+            mlp_results(tensors, *rest, compiled=False),
+            mlp_results(doubled(tensors), *rest, compiled=False),
         )
     law.check()
 
@@ -296,7 +374,7 @@ def test_every_instruction_set(cap):
         pytest.skip(f"{_library.cpu_capability()} is the widest here")
     assert name.split()[1] == cap.upper()
     found = run_capped(cap, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "law")
-    assert found.startswith("0\n") and "12 passed" in found, found
+    assert found.startswith("0\n") and "15 passed" in found, found
 
 
 def test_an_unknown_instruction_set_is_refused():
@@ -339,6 +417,26 @@ def test_law_of_the_dropout_mask(dtype):
 # ------------------------------------------------------------------------------------------------
 
 
+def mlp_lists(d: int, f: int):
+    """weight, bias, a, b and scale of gate, up and down; bfloat16, adapters float32."""
+    shapes = [(f, d, 9), (f, d, 5), (d, f, 16)]
+    weight = [(torch.randn(outs, ins) / ins**0.5).bfloat16() for outs, ins, _ in shapes]
+    bias = [torch.randn(outs).bfloat16() for outs, _, _ in shapes]
+    a = [torch.randn(r, ins) / ins**0.5 for _, ins, r in shapes]
+    b = [torch.randn(outs, r) for outs, _, r in shapes]
+    return weight, bias, a, b, [0.5, 1.0, 2.0]
+
+
+def everything_of_lora_mlp(n: int, d: int, f: int, keep: bool):
+    x, dy, lists = torch.randn(n, d).bfloat16(), torch.randn(n, d).bfloat16(), mlp_lists(d, f)
+    rest = ("silu", 0.2, torch.tensor(7), torch.tensor(8))
+    y, s, s_down, gate_up = ops.lora_mlp_cpu(x, *lists, *rest, keep)
+    dx, *gradients = ops.lora_mlp_backward_cpu(
+        dy, x, *lists, *rest, s, s_down, gate_up, True, True, True
+    )
+    return [y, s, s_down, *gate_up, dx, *(t for of in gradients for t in of)]
+
+
 def everything():
     """Each op's outputs on inputs of several tiles, 16 bits so that lora_linear tiles too."""
     torch.manual_seed(3)
@@ -351,6 +449,8 @@ def everything():
         [dy], x, [weight], [a], [b], [0.5], 0.2, seed, s, True, True
     )
     found = [*y, s, gradients[0], *gradients[1], *gradients[2]]
+    for keep in (True, False):
+        found += everything_of_lora_mlp(n, d, o, keep)
     hidden, ref_hidden, head = torch.randn(n, d), torch.randn(n, d), torch.randn(v, d) / d**0.5
     target, c = torch.randint(0, v, (n,)), torch.randn(3, n)
     bias, options, adapter = torch.randn(v), (0.5, 1.0, 0.0, -100), (a, torch.randn(v, r))
@@ -418,6 +518,8 @@ def test_no_rows():
             [y], t[0], [t[1]], [t[2]], [t[3]], [1.0], 0.0, None, s, True, True
         )
         assert dx.shape == (0, 6) and not da[0].any() and not db[0].any()
+    y, *rest, dx, da_gate = everything_of_lora_mlp(0, 6, 8, True)[:7]
+    assert y.shape == dx.shape == (0, 6) and rest[2].shape == (0, 8) and not da_gate.any()
     target, none = torch.empty(0, dtype=torch.long), torch.empty(0)
     options = (1.0, 1.0, 0.0, -100)
     for a_b, trained, sizes in (
@@ -494,7 +596,8 @@ def test_an_unsupported_dtype_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------
-# Memory: a head whose logits take 154 MB and whose weight, transposed, would take 51 MB to copy
+# Memory: a head whose logits take 154 MB and whose weight, transposed, would take 51 MB to copy;
+# a block whose h takes 96 MB, in forward and in backward
 # ------------------------------------------------------------------------------------------------
 
 MEMORY = """
@@ -511,6 +614,9 @@ def growth(function):
 
 torch.set_num_threads(2)
 pk.use_backend("cpu")
+"""
+
+HEAD = """
 n, h, v = 768, 256, 50257
 weight = torch.randn(h, v).t()
 hidden, ref_hidden = torch.randn(n, h, requires_grad=True), torch.randn(n, h)
@@ -530,6 +636,25 @@ step(*small, a, b[:300].detach().requires_grad_())
 print(growth(lambda: step(hidden, ref_hidden, weight, target, a, b)))
 """
 
+MLP = """
+d, f = 256, 4096
+blocks = [
+    pk.LoRAProjection(
+        torch.randn(o, i, dtype=torch.bfloat16), torch.randn(8, i, requires_grad=True),
+        torch.randn(o, 8, requires_grad=True),
+    )
+    for o, i in ((f, d), (f, d), (d, f))
+]
+small, x = (torch.randn(n, d).bfloat16().requires_grad_() for n in (32, 12288))
+
+def step(x):
+    y = pk.lora_mlp(x, *blocks, save="input", dropout_p=0.1)
+    return torch.autograd.grad(y, x, y.detach())
+
+step(small)
+print(growth(lambda: step(x)))
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 @pytest.mark.parametrize("rank", [0, 16])
@@ -537,3 +662,10 @@ def test_the_head_needs_little_memory(rank):
     found = run_capped("avx512_bf16", "-c", MEMORY, str(rank))
     assert found.startswith("0\n"), found
     assert int(found.split()[1]) <= 32 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_the_block_makes_nothing_of_its_width():
+    found = run_capped("avx512_bf16", "-c", GROWTH + MLP)
+    assert found.startswith("0\n"), found
+    assert int(found.split()[1]) <= 64 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"

@@ -575,8 +575,8 @@ template <bool SILU>
 void gated_gradient_row(float* gate, float* up, float* dh, int64_t n) {
   for (int64_t i = 0; i < n; i += W) {
     const Floats g = load(gate + i), u = load(up + i), d = load(dh + i);
-    const Floats e = exp_of_minus_v<SILU>(g), sigmoid = 1.0f / (1.0f + e), act = g * sigmoid;
-    // act' = sigmoid + g sigmoid (1 - sigmoid) v', and 1 - sigmoid = e sigmoid
+    const Floats e = exp_of_minus_v<SILU>(g), act = g / (1.0f + e), sigmoid = 1.0f / (1.0f + e);
+    // act' = sigmoid + act (1 - sigmoid) v', and 1 - sigmoid = e sigmoid
     const Floats dv = SILU ? all(1.0f) : GELU_SLOPE * (1.0f + 3.0f * GELU_CUBE * (g * g));
     const Floats slope = sigmoid + act * (e * sigmoid) * dv;
     store(gate + i, d * u * slope);

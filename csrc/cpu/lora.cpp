@@ -87,6 +87,21 @@ Tensor dropped(const Tensor& x, const Dropout& dropout) {
   return out;
 }
 
+namespace {
+
+// c += alpha left right. A BLAS may start each sum from what is there already, so in float32 long
+// ones start anew; in 16 bits that would round once more.
+void add_product(Tensor& c, const Tensor& left, const Tensor& right, double alpha) {
+  constexpr int64_t SHORT = 64;
+  if (c.scalar_type() == at::kFloat && left.size(1) > SHORT) {
+    c.add_(at::mm(left, right), alpha);
+  } else {
+    c.addmm_(left, right, 1, alpha);
+  }
+}
+
+}  // namespace
+
 Tensor s_by_aten(const Tensor& x, const Projections& p, const Dropout& dropout) {
   const Tensor input = dropout.active() ? dropped(x, dropout) : x;
   return at::mm(input, p.a_all.to(x.scalar_type()).t());
@@ -107,7 +122,7 @@ void y_by_aten(const Tensor& x, const Tensor& s, const Projections& p, int64_t i
   } else {
     at::addmm_out(y, p.bias[i], x, p.weight[i].t());
   }
-  y.addmm_(s_i, b, 1, p.scale[i]);
+  add_product(y, s_i, b, p.scale[i]);
 }
 
 void ds_by_aten(TensorList dy, const Projections& p, Tensor& ds) {
@@ -120,12 +135,12 @@ void ds_by_aten(TensorList dy, const Projections& p, Tensor& ds) {
 void dx_by_aten(
     TensorList dy, const Tensor& ds, const Projections& p, const Dropout& dropout, Tensor& dx) {
   at::mm_out(dx, dy[0], p.weight[0]);
-  for (int64_t i = 1; i < p.count(); ++i) dx.addmm_(dy[i], p.weight[i]);
+  for (int64_t i = 1; i < p.count(); ++i) add_product(dx, dy[i], p.weight[i], 1.0);
   const Tensor a = p.a_all.to(dx.scalar_type());
   if (dropout.active()) {
     dx.add_(dropped(at::mm(ds, a), dropout));
   } else {
-    dx.addmm_(ds, a);
+    add_product(dx, ds, a, 1.0);
   }
 }
 

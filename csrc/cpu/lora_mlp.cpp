@@ -20,9 +20,6 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t GROUP_BYTES = int64_t{64} << 20;  // of what a group of rows needs at once
-constexpr int64_t MOST_COLUMNS = TILE_COLUMNS / 2;  // of gate, of up and of dh: packed together
-
 struct Block {
   const Projections in, down;  // gate and up ; down
   const Activation activation;
@@ -73,24 +70,22 @@ struct Needs {
 // By ATen
 // ------------------------------------------------------------------------------------------------
 
-// Runs work(floats of gate, of up, of another) row by row; then they are rounded back.
+// Reads a row of each of `from` as floats, works on them, and rounds them to a row of each of `to`.
 template <class Work>
-void each_row(std::initializer_list<Tensor> from, std::vector<Tensor> to, const Work& work) {
-  const std::vector<Tensor> read(from);
-  const int64_t n = read[0].size(0), count = read[0].size(1), room = round_up(count, 16);
-  const int64_t places = std::max(read.size(), to.size());
+void each_row(
+    const std::vector<Tensor>& from, std::vector<Tensor> to, const Work& work) {
+  const int64_t n = from[0].size(0), count = from[0].size(1), room = round_up(count, 16);
   at::parallel_for(0, n, 4, [&](int64_t begin, int64_t end) {
-    Buffer buffer(places * room);
+    Buffer buffer(from.size() * room);
+    std::vector<float*> rows;
+    for (size_t i = 0; i < from.size(); ++i) rows.push_back(buffer.data() + i * room);
     for (int64_t row = begin; row < end; ++row) {
-      for (size_t i = 0; i < read.size(); ++i) {
-        const Matrix view(read[i]);
-        kernels().to_float(
-            view.at(row, 0), view.dtype, view.column_stride, count, buffer.data() + i * room);
+      for (size_t i = 0; i < from.size(); ++i) {
+        const Matrix view(from[i]);
+        kernels().to_float(view.at(row, 0), view.dtype, view.column_stride, count, rows[i]);
       }
-      work(buffer.data(), buffer.data() + room, buffer.data() + 2 * room, count);
-      for (size_t i = 0; i < to.size(); ++i) {
-        store_tile(buffer.data() + i * room, room, 1, count, to[i], row, 0);
-      }
+      work(rows, count);
+      for (size_t i = 0; i < to.size(); ++i) store_tile(rows[i], room, 1, count, to[i], row, 0);
     }
   });
 }
@@ -98,7 +93,7 @@ void each_row(std::initializer_list<Tensor> from, std::vector<Tensor> to, const 
 void forward_by_aten(const Tensor& x, const Block& block, Kept& kept, Tensor& y) {
   const int64_t N = x.size(0), F = block.features();
   const bool keeps = !kept.gate_up.empty();
-  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), PACKED_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -110,8 +105,8 @@ void forward_by_aten(const Tensor& x, const Block& block, Kept& kept, Tensor& y)
       y_by_aten(rows(x), s, block.in, i, gate_up[i]);
     }
     const Tensor h = keeps ? at::empty({n, F}, x.options()) : gate_up[0];
-    each_row({gate_up[0], gate_up[1]}, {h}, [&](float* gate, float* up, float*, int64_t count) {
-      kernels().gated(gate, up, count, block.activation, gate);
+    each_row({gate_up[0], gate_up[1]}, {h}, [&](const auto& row, int64_t count) {
+      kernels().gated(row[0], row[1], count, block.activation, row[0]);
     });
     const Tensor s_down = s_by_aten(h, block.down, block.drop_h.from(group));
     rows(kept.s_down).copy_(s_down);
@@ -124,7 +119,7 @@ void backward_by_aten(
     const Tensor& dy, const Tensor& x, const Block& block, const Kept& kept, const Needs& needs,
     Gradients& g, Tensor& dx) {
   const int64_t N = x.size(0), F = block.features();
-  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), PACKED_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -139,9 +134,8 @@ void backward_by_aten(
       gate_up.push_back(kept.gate_up.empty() ? d[i] : rows(kept.gate_up[i]));
     }
     each_row(
-        {gate_up[0], gate_up[1], h}, {d[0], d[1], h},
-        [&](float* gate, float* up, float* dh, int64_t count) {
-          kernels().gated_gradient(gate, up, dh, count, block.activation);
+        {gate_up[0], gate_up[1], h}, {d[0], d[1], h}, [&](const auto& row, int64_t count) {
+          kernels().gated_gradient(row[0], row[1], row[2], count, block.activation);
         });
     if (needs.dab) {
       Tensor part = at::empty_like(g.da_down);
@@ -229,11 +223,11 @@ void forward_by_tiles(const Tensor& x, const Block& block, Kept& kept, Tensor& y
   const bool drops = block.drop_h.active();
   const ColumnsOfS columns_of_s(wide, block.in), columns_of_s_down(wide, block.down);
   std::vector<Tile> tiles;
-  add_tiles(0, F, MOST_COLUMNS, tiles);
+  add_tiles(0, F, TILE_COLUMNS, tiles);
   std::vector<Tensor> outputs = {y};
 
   const int64_t floats = L + block.in.rank() + L_h * (drops ? 2 : 1) + block.down.rank();
-  const int64_t at_once = rows_at_once(N, floats * sizeof(float), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, floats * sizeof(float), PACKED_BYTES);
   PackedRows x_rows(at_once, L, block.in.rank()), h_rows(at_once, L_h, block.down.rank());
   PackedRows dropped_rows(drops ? at_once : 0, L_h, 0);
   for (int64_t group = 0; group < N; group += at_once) {
@@ -241,7 +235,7 @@ void forward_by_tiles(const Tensor& x, const Block& block, Kept& kept, Tensor& y
     pack_x(wide, x, block.drop_x, columns_of_s, blocks, group, x_rows, kept.s);
 
     blocks.items(tiles, [&](int64_t begin, int64_t end) {
-      ColumnsOfY gate(wide, block.in, MOST_COLUMNS), up(wide, block.in, MOST_COLUMNS);
+      ColumnsOfY gate(wide, block.in, TILE_COLUMNS), up(wide, block.in, TILE_COLUMNS);
       Tiles t;
       int64_t packed_tile = -1;
       for (int64_t item = begin; item < end; ++item) {
@@ -311,7 +305,7 @@ void backward_by_tiles(
   const int64_t L = recomputes ? wide.length(x.size(1)) : 0;
 
   const int64_t floats = L_dy + block.down.rank() + L + 2 * L_h + 2 * block.in.rank();
-  const int64_t at_once = rows_at_once(N, floats * sizeof(float), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, floats * sizeof(float), PACKED_BYTES);
   PackedRows dy_rows(at_once, L_dy, block.down.rank());
   PackedRows x_rows(at_once, L, block.in.rank());
   PackedRows d_rows(at_once, 2 * L_h, block.in.rank());  // [dgate | dup | ds]
@@ -326,9 +320,9 @@ void backward_by_tiles(
           x_rows.stride());
     });
 
-    parallel_by_columns(F, MOST_COLUMNS, [&](const std::vector<Tile>& tiles) {
-      ColumnsOfDx dh(wide, block.down, block.drop_h, MOST_COLUMNS);
-      const int64_t again = recomputes ? MOST_COLUMNS : 0;
+    parallel_by_columns(F, TILE_COLUMNS, [&](const std::vector<Tile>& tiles) {
+      ColumnsOfDx dh(wide, block.down, block.drop_h, TILE_COLUMNS);
+      const int64_t again = recomputes ? TILE_COLUMNS : 0;
       ColumnsOfY gate(wide, block.in, again), up(wide, block.in, again);
       Tiles t;
       for (const auto [_, column, count] : tiles) {

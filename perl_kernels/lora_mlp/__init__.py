@@ -1,9 +1,11 @@
 """The gated MLP block of a language model with adapters on all three projections, in one op.
 
-Replaces, with layer(x, W, A, B) = F.linear(x, W, bias) + scale * F.linear(F.linear(dropout(x), A), B),
+Replaces
 
-    h = F.silu(layer(x, Wg, Ag, Bg)) * layer(x, Wu, Au, Bu)
-    y = layer(h, Wd, Ad, Bd)
+    def layer(x, weight, a, b, bias, scale):
+        return F.linear(x, weight, bias) + scale * F.linear(F.linear(dropout(x), a), b)
+
+    y = layer(F.silu(layer(x, *gate)) * layer(x, *up), *down)
 
 The math, with x (N, D), gate and up (N, F), y (N, O), x' = dropout(x), h' = dropout(h):
 

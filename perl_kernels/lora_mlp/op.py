@@ -129,23 +129,28 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, a, b, scale, activation, dropout_p, seed_x, seed_h, _ = inputs
     _, s, s_down, gate_up = output
     ctx.mark_non_differentiable(s, s_down, *gate_up)
+    ctx.set_materialize_grads(False)  # or gate and up would get gradients full of zeros
     ctx.options = scale, activation, dropout_p
     ctx.has_bias, ctx.kept = bool(bias), len(gate_up)
     ctx.save_for_backward(x, s, s_down, seed_x, seed_h, *gate_up, *weight, *a, *b, *bias)
 
 
 def _autograd_backward(ctx, dy, *_):
-    x, s, s_down, seed_x, seed_h, *rest = ctx.saved_tensors
-    gate_up, rest = rest[: ctx.kept], rest[ctx.kept :]
-    weight, a, b, bias = rest[:3], rest[3:6], rest[6:9], rest[9:]
-    need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-    dx, da, db, dbias = torch.ops.perl_kernels.lora_mlp_backward(
-        dy, x, weight, bias, a, b, *ctx.options, seed_x, seed_h, s, s_down, gate_up,
-        need_x, any(need_a) or any(need_b), ctx.has_bias and any(need_bias),
-    )  # fmt: skip
     nothing = [None] * 3
+    dx, da, db, dbias = None, nothing, nothing, nothing
+    if dy is not None:
+        x, s, s_down, seed_x, seed_h, *rest = ctx.saved_tensors
+        gate_up, rest = rest[: ctx.kept], rest[ctx.kept :]
+        weight, a, b, bias = rest[:3], rest[3:6], rest[6:9], rest[9:]
+        need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        need_dbias = ctx.has_bias and any(need_bias)
+        dx, da, db, dbias = torch.ops.perl_kernels.lora_mlp_backward(
+            dy, x, weight, bias, a, b, *ctx.options, seed_x, seed_h, s, s_down, gate_up,
+            need_x, any(need_a) or any(need_b), need_dbias,
+        )  # fmt: skip
+        dx = dx if need_x else None
     return (
-        dx if need_x else None,
+        dx,
         nothing,
         (dbias or nothing) if ctx.has_bias else [],
         da or nothing,
