@@ -179,6 +179,12 @@ def backend_of(tensor: Tensor) -> str:
     return "reference"
 
 
+def compiled_for(tensor: Tensor) -> bool:
+    """True when the compiled CPU kernels run this tensor; torch.compile can trace the question."""
+    on_cpu = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_DTYPES
+    return on_cpu and _chosen in ("auto", "cpu", "cuda") and not missing["cpu"]
+
+
 def cpu_capability() -> str:
     """Instruction set the compiled CPU kernels use ("AVX2", "AVX512", ...); "" without them."""
     return "" if missing["cpu"] else torch.ops.perl_kernels.cpu_capability()

@@ -17,7 +17,7 @@ import sys
 
 import pytest
 import torch
-from _compare import FLOOR, doubled, errors
+from _compare import FLOOR, check_law, doubled, errors
 
 import perl_kernels as pk
 from perl_kernels import _dropout, _library
@@ -269,9 +269,19 @@ def head_case(index: int, dtype: torch.dtype):
         tensors["b"] = laid_out(choose, b.to(adapter_dtype)).requires_grad_("b" in trains)
         options["scale"] = choose.choice([1.0, 0.5, 2.0])
         tensors["hidden"].requires_grad_(not trains or choose.random() < 0.8)
+    if n > 5 and choose.random() < 0.3:
+        tensors["hidden"] = (6 * tensors["hidden"].detach()).requires_grad_()  # sure of one class
+    if not trained and v > 2 and options["softcap"] is None and choose.random() < 0.4:
+        bias = torch.zeros(v, dtype=dtype) if tensors["bias"] is None else tensors["bias"]
+        tensors["bias"] = bias.masked_fill(torch.rand(v) < 0.1, -torch.inf)
     target = torch.randint(0, v, (n,))
+    if not trained and tensors["bias"] is not None:
+        target = target.where(tensors["bias"][target].isfinite(), tensors["bias"].argmax())
     target[torch.rand(n) < 0.2] = -100
-    return tensors, target, options, torch.randn(3, n)
+    incoming = dict(zip(("log_prob", "entropy", "kl"), torch.randn(3, n), strict=True))
+    if choose.random() < 0.6:  # without it one sweep makes all there is to make over a frozen head
+        del incoming["entropy"]
+    return tensors, target, options, incoming
 
 
 def head_results(tensors, target, options, incoming, compiled: bool):
@@ -284,16 +294,30 @@ def head_results(tensors, target, options, incoming, compiled: bool):
         found = pk.linear_log_prob(**tensors, target=target, **options, return_entropy=True)
         outputs = {"log_prob": found[0], "entropy": found[1]}
     else:
-        log_prob, entropy = head_reference.linear_log_prob(**tensors, target=target, **options)
+        kept, kept_target = without_masked_classes(tensors, target)
+        log_prob, entropy = head_reference.linear_log_prob(**kept, target=kept_target, **options)
         outputs = {"log_prob": log_prob, "entropy": entropy}
         if ref_hidden is not None:
-            kl = head_reference.linear_kl(**tensors, ref_hidden=ref_hidden, **options)
+            kl = head_reference.linear_kl(**kept, ref_hidden=ref_hidden, **options)
             outputs["kl"] = kl.where(target != -100, 0.0)
-    total = sum((o * c.to(o.dtype)).sum() for o, c in zip(outputs.values(), incoming, strict=False))
+    total = sum(
+        (o * incoming[name].to(o.dtype)).sum() for name, o in outputs.items() if name in incoming
+    )
     leaves = {k: t for k, t in tensors.items() if t is not None and t.requires_grad}
     gradients = torch.autograd.grad(total, list(leaves.values()))
     outputs = {name: o.detach() for name, o in outputs.items()}
     return {**outputs, **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def without_masked_classes(tensors, target):
+    """A bias of -inf removes a class; to autograd, softmax of -inf is NaN."""
+    if tensors["bias"] is None:
+        return tensors, target
+    keep = tensors["bias"].isfinite()
+    of_classes = {name: tensors[name][keep] for name in ("weight", "bias", "b") if name in tensors}
+    place = keep.cumsum(0) - 1
+    counted = target != -100
+    return {**tensors, **of_classes}, place[target.where(counted, 0)].where(counted, -100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -463,8 +487,10 @@ def everything():
         gradients = ops.head_grad_cpu(*inputs, *saved, *c, *options, *need)
         found += [*stats, *(g for g, n in zip(gradients, (*need, need[3]), strict=True) if n)]
         for dtype in (torch.float32, torch.bfloat16):
-            frozen = (hidden.to(dtype), head.to(dtype))
-            found += ops.head_log_prob_cpu(*frozen, None, *a_b, target, c[0], *options)
+            frozen = (hidden.to(dtype), head.to(dtype), None, *a_b, target)
+            found += ops.head_units_cpu(*frozen, ref_hidden.to(dtype), None, None, *options)
+            units = ops.head_units_cpu(*frozen, None, c[0], None, *options)
+            found += [*units[:4], units[7]]
     logits, ref_logits = hidden @ head.T, ref_hidden @ head.T
     found += ops.logits_stats_cpu(logits, target, ref_logits, 1.0, 0.0, -100)
     found.append(ops.logits_grad_cpu(logits, target, ref_logits, *saved, *c, 1.0, 0.0, -100))
@@ -481,19 +507,25 @@ def test_bits_repeat_and_do_not_depend_on_the_threads():
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("has_ref", [False, True], ids=["", "ref"])
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype, rank, learns):
-    """Nor does its gradient, where there is one."""
+def test_a_log_prob_does_not_depend_on_the_rows_beside_it(dtype, rank, has_ref, learns):
+    """Nor do KL and entropy, nor the gradient where there is one."""
     n, h, v = 307, 72, 3001
     hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype)
-    target = torch.randint(0, v, (n,))
+    target, ref_hidden = torch.randint(0, v, (n,)), torch.randn(n, h).to(dtype)
     adapter = {"a": torch.randn(rank, h), "b": torch.randn(v, rank)} if rank else {}
 
     def of(rows):
         leaf = hidden[rows].detach().requires_grad_(learns)
-        found = pk.linear_log_prob(leaf, weight, target[rows], return_entropy=True, **adapter)
-        gradient = torch.autograd.grad(found[0].sum(), leaf)[0] if learns else leaf
+        if has_ref:
+            found = pk.linear_kl(leaf, ref_hidden[rows], weight, target[rows], **adapter)
+            learned = found.log_prob.sum() + found.kl.sum()
+        else:
+            found = pk.linear_log_prob(leaf, weight, target[rows], return_entropy=True, **adapter)
+            learned = found[0].sum()
+        gradient = torch.autograd.grad(learned, leaf)[0] if learns else leaf
         return torch.stack([t.detach() for t in found]), gradient
 
     whole, gradient = of(slice(None))
@@ -580,11 +612,55 @@ def test_extreme_logits(softcap):
     assert dhidden.isfinite().all() and not dhidden[2].any() and dhidden[3].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_rise_by_hundreds_along_the_vocabulary(dtype):
+    """Beyond what e^(z-m) can hold for an m of the first classes, for policy and reference apart;
+    fall again, and where the first tile is masked there is no m at all."""
+    steps = torch.zeros(3000)
+    for column, height in (
+        (200, 100.0),
+        (1200, 250.0),
+        (1201, 249.0),
+        (2100, 240.0),
+        (2999, 400.0),
+    ):
+        steps[column] = height
+    steps = torch.stack([steps, steps.flip(0)])
+    weight = torch.cat([steps.T, 0.5 * torch.randn(3000, 6)], 1).to(dtype)
+    sides = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.0]]).repeat(8, 1)
+    hidden = torch.cat([sides, torch.randn(32, 6)], 1).to(dtype).requires_grad_()
+    ref_hidden = torch.cat([sides.flip(0), torch.randn(32, 6)], 1).to(dtype)
+    masked = torch.zeros(3000)
+    masked[:192] = -torch.inf
+    target = torch.randint(192, 3000, (32,))
+    for first, bias in ((0, None), (192, masked.to(dtype))):
+        exact, plain, ours = {}, {}, {}
+        for found, width in ((exact, torch.float64), (plain, dtype)):
+            h = hidden.detach().to(width).requires_grad_()
+            tensors = (h, ref_hidden.to(width), weight[first:].to(width))
+            found["kl"] = head_reference.linear_kl(*tensors)
+            found["log_prob"], _ = head_reference.linear_log_prob(h, tensors[2], target - first)
+            total = found["kl"].sum() + found["log_prob"].sum()
+            (found["dhidden"],) = torch.autograd.grad(total, h)
+        found = pk.linear_kl(hidden, ref_hidden, weight, target, bias=bias)
+        total = found.kl.sum() + found.log_prob.sum()
+        ours = {"kl": found.kl, "log_prob": found.log_prob}
+        (ours["dhidden"],) = torch.autograd.grad(total, hidden)
+        for name in exact:
+            check_law(name, ours[name].detach(), plain[name].detach(), exact[name].detach(), dtype)
+
+
 def test_nan_is_not_hidden():
     hidden, weight = torch.randn(3, 8), torch.randn(500, 8)
     hidden[1, 2] = torch.nan
     log_prob = pk.linear_log_prob(hidden, weight, torch.tensor([1, 2, 3]))
     assert log_prob.isnan().tolist() == [False, True, False]
+    found = pk.linear_kl(
+        hidden.requires_grad_(), torch.randn(3, 8), weight, torch.tensor([1, 2, 3])
+    )
+    gradient = torch.autograd.grad(found.kl.sum(), hidden)[0]
+    for rows in (found.kl, found.log_prob, gradient.sum(1)):
+        assert rows.isnan().tolist() == [False, True, False]
     logits = torch.randn(2, 50)
     logits[0, 49] = torch.nan
     assert pk.log_prob(logits, torch.tensor([1, 2])).isnan().tolist() == [True, False]

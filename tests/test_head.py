@@ -101,29 +101,45 @@ def test_kl(backend, sizes, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("sure", [False, True], ids=["", "sure"])
-def test_gradient_of_log_prob_over_a_frozen_head(backend, sizes, options, dtype, sure):
-    """Made in the forward sweep. `sure`: the likeliest class is the target and p is near 1, where
-    weight[target] - E_p[weight] would cancel; or its logit lies deep in the softcap."""
-    n, _, v = sizes
+@pytest.mark.parametrize("spread", [2.0, 8.0, 30.0])
+@pytest.mark.parametrize("of", [("log_prob",), ("kl",), ("log_prob", "kl")], ids=str)
+def test_gradient_over_a_frozen_head(backend, of, spread, sizes, options, dtype):
+    """Made in the forward sweep. With a wide spread the likeliest class is the target of most rows
+    and p is near 1, where weight[target] - E_p[weight] would cancel, and z - z_ref - E_p[z - z_ref]
+    too; or its logit lies deep in the softcap."""
+    n, h, v = sizes
 
-    def run(function, tensors, target, incoming):
-        log_prob, _ = function(**tensors, target=target, **options)
-        return gradients((log_prob,), (incoming,), tensors)
+    def ours(ref_hidden, **given):
+        if of == ("log_prob",):
+            return [pk.linear_log_prob(**given, return_entropy=True)[0]]
+        found = pk.linear_kl(**given, ref_hidden=ref_hidden)
+        return [getattr(found, name) for name in of]
+
+    def theirs(ref_hidden, target, **given):
+        log_prob, _ = reference.linear_log_prob(**given, target=target)
+        kl = reference.linear_kl(**given, ref_hidden=ref_hidden).where(target != -100, 0.0)
+        return [{"log_prob": log_prob, "kl": kl}[name] for name in of]
 
     def sample():
-        tensors = make(*sizes, dtype, bias=bool(options), spread=8.0 if sure else 2.0)
-        target = make_target(n, v, ignored=not sure)
-        if sure:
-            z = tensors["hidden"].detach().double() @ tensors["weight"].double().T
-            target = (z if tensors["bias"] is None else z + tensors["bias"].double()).argmax(1)
-        rest = target, torch.randn(n)
+        tensors = make(*sizes, dtype, bias=bool(options), spread=spread)
+        hidden = tensors["hidden"].detach()
+        ref_hidden = (hidden.float() + 0.3 * torch.randn(n, h)).to(dtype)
+        target, incoming = make_target(n, v, ignored=spread == 2.0), torch.randn(2, n)[: len(of)]
+        if spread > 2.0:
+            z = hidden.double() @ tensors["weight"].double().T
+            z = z if tensors["bias"] is None else z + tensors["bias"].double()
+            target = target.where(torch.arange(n) % 4 == 1, z.argmax(1))
+
+        def run(function, tensors, ref_hidden):
+            found = function(ref_hidden, target=target, **tensors, **options)
+            return gradients(found, incoming, tensors)
+
         return (
-            run(lambda **k: pk.linear_log_prob(**k, return_entropy=True), tensors, *rest),
-            run(reference.linear_log_prob, tensors, *rest),
-            run(reference.linear_log_prob, doubled(tensors), *rest),
+            run(ours, tensors, ref_hidden),
+            run(theirs, tensors, ref_hidden),
+            run(theirs, doubled(tensors), ref_hidden.double()),
         )
 
     compare(*gathered(sample, min(n, v)), dtype)
@@ -362,6 +378,23 @@ def test_a_masked_class_has_no_say(backend):
     ours = torch.autograd.grad(found[0].sum() + found[1].sum(), tensors["hidden"])
     theirs = torch.autograd.grad(expected[0].sum() + expected[1].sum(), tensors["hidden"])
     torch.testing.assert_close(ours, theirs)
+    ref_hidden, hidden = torch.randn(5, 8), tensors["hidden"]
+    divergence = pk.linear_kl(hidden, ref_hidden, tensors["weight"], bias=bias).kl
+    expected = reference.linear_kl(hidden, ref_hidden, kept)
+    torch.testing.assert_close(divergence, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(divergence.sum(), hidden), torch.autograd.grad(expected.sum(), hidden)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_no_divergence_has_no_gradient(backend, softcap, dtype):
+    tensors, target = make(9, 12, 1003, dtype, bias=True), make_target(9, 1003)
+    same = tensors["hidden"].detach()
+    found = pk.linear_kl(**tensors, ref_hidden=same, target=target, softcap=softcap)
+    assert found.kl.abs().max() < 1e-6
+    assert not torch.autograd.grad(found.kl.sum(), tensors["hidden"])[0].any()
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -447,10 +480,16 @@ def test_opcheck(backend):
     ):
         torch.library.opcheck(ops.head_stats.default, inputs)
     frozen_adapter = tuple(t.detach() for t in adapter)
-    for a_b, d_log_prob in ((none, None), (none, torch.randn(5)), (frozen_adapter, None)):
+    c = torch.randn(2, 5)
+    for a_b, rest in (
+        (none, (target, None, None, None)),
+        (none, (target, None, c[0], None)),
+        (none, (None, ref_hidden, None, None)),
+        (frozen_adapter, (target, ref_hidden, None, None)),
+        (frozen_adapter, (target, ref_hidden, c[0], c[1])),
+    ):
         torch.library.opcheck(
-            ops.head_log_prob.default,
-            (hidden, frozen, None, *a_b, target, d_log_prob, 1.0, 0.9, 4.0, -100),
+            ops.head_units.default, (hidden, frozen, None, *a_b, *rest, 1.0, 0.9, 4.0, -100)
         )
     advantage = torch.randn(5)
     for head, ref, need in (

@@ -7,13 +7,15 @@
 // not depend on the number of threads; each sweeps its tiles into a state per row, and the states
 // merge in order. Gradient: for one slab of the vocabulary at a time, dz of all rows of the group
 // is made tile by tile and packed at once as the left operand of dhidden += dz weight. Both at once,
-// in one sweep, where only log p has a gradient: `head_log_prob`.
+// in one sweep, where only log p and KL have a gradient: `head_units`.
 //
 // Where the processor multiplies bfloat16 itself, its products stay bfloat16 with float32 sums: by
 // vectors (AVX512-BF16) here, by matrix tiles (AMX) through oneDNN; logits are float32 either way,
 // and the adapter's part of them is made of float32 panels.
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
+
+#include <atomic>
 
 #include "softmax.h"
 
@@ -24,6 +26,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t PACKED_BYTES = int64_t{8} << 20;  // of rows at once, policy and reference
+constexpr int64_t SWEEP_BYTES = int64_t{24} << 20;  // and with them of their gradients
 constexpr int64_t MOST_ROWS = 10 * TILE_ROWS;
 constexpr int64_t MOST_SHARES = 64;
 constexpr int64_t SLAB = 5 * TILE_COLUMNS;  // a multiple of TILE_ROWS too
@@ -147,9 +150,10 @@ struct Head {
     read(weight);
     if (R() > 0) read(Matrix(*adapter.b));
   }
-  int64_t rows_at_once(int64_t rows) const {
-    const int64_t bytes = (K() * (has_ref ? 2 : 1) + R()) * sizeof(float);
-    return cpu::rows_at_once(rows, std::max(bytes, PACKED_BYTES / MOST_ROWS), PACKED_BYTES);
+  // How many rows to work on at once, each with `more` floats beside its packed operands.
+  int64_t rows_at_once(int64_t rows, int64_t more = 0, int64_t max_bytes = PACKED_BYTES) const {
+    const int64_t bytes = (K() * (has_ref ? 2 : 1) + R() + more) * sizeof(float);
+    return cpu::rows_at_once(rows, std::max(bytes, max_bytes / MOST_ROWS), max_bytes);
   }
 };
 
@@ -268,12 +272,13 @@ class TileMaker {
   int64_t first_ = -1, count_ = 0;
 };
 
-// dz of one slab of the vocabulary as a left operand of dz [weight | b].
+// dz of one slab of the vocabulary as a left operand of dz [weight | b]; or several such dz, each a
+// set of the same rows.
 class GradientRowsOfSlab {
  public:
-  GradientRowsOfSlab(const Head& head, int64_t at_once, bool need_dhidden)
+  GradientRowsOfSlab(const Head& head, int64_t at_once, int64_t sets, bool need_dhidden)
       : head_(head), stride_(head.products == Products::floats ? SLAB : SLAB / 2),
-        packed_(at_once * stride_) {
+        blocks_at_once_(at_once / TILE_ROWS), sets_(sets), packed_(sets * at_once * stride_) {
     if (need_dhidden) add_pieces(head.weight, 0);
     if (head.R() == 0) return;
     b_ = head.products == Products::floats ? *head.adapter.b
@@ -281,9 +286,10 @@ class GradientRowsOfSlab {
     add_pieces(Matrix(b_), head.H());
   }
 
-  // A tile of dz, `first` columns into the slab; overwrites z.
-  void put(int64_t block, float* z, int64_t rows, int64_t first, int64_t n) {
+  // A tile of a set's dz, `first` columns into the slab; overwrites z.
+  void put(int64_t set, int64_t block, float* z, int64_t rows, int64_t first, int64_t n) {
     const Kernels& table = kernels();
+    block += set * blocks_at_once_;
     Matrix tile(z, rows, n, TILE_COLUMNS);
     if (head_.products != Products::floats) {
       // rounded in place, so that a row of pairs starts where the row of floats did
@@ -305,8 +311,10 @@ class GradientRowsOfSlab {
         stride_ * table.row_panel);
   }
 
-  // c (count, H + R), contiguous, = or += dz [weight | b] over the slab's `width` columns.
-  void times_weight(int64_t slab, int64_t width, int64_t count, bool add, float* c) {
+  // c (sets, count, H + R), the sets c_stride apart, = or += dz [weight | b] over the slab's `width`
+  // columns.
+  void times_weight(
+      int64_t slab, int64_t width, int64_t count, bool add, float* c, int64_t c_stride = 0) {
     const int64_t blocks = ceil_div(count, TILE_ROWS), ldc = head_.H() + head_.R();
     const int64_t items = static_cast<int64_t>(pieces_.size()) * blocks;
     at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
@@ -319,8 +327,12 @@ class GradientRowsOfSlab {
           packed = item / blocks;
           pack_piece(piece, slab, width, columns.data());
         }
-        multiply(item % blocks, rows, width, columns.data(), piece.count, tile.data());
-        put_tile(tile.data(), rows, piece.count, add, c + row * ldc + piece.to, ldc);
+        for (int64_t set = 0; set < sets_; ++set) {
+          const int64_t block = set * blocks_at_once_ + item % blocks;
+          multiply(block, rows, width, columns.data(), piece.count, tile.data());
+          put_tile(
+              tile.data(), rows, piece.count, add, c + set * c_stride + row * ldc + piece.to, ldc);
+        }
       }
       if (head_.products == Products::tiles) at::native::cpublas::brgemm_release();
     });
@@ -377,6 +389,7 @@ class GradientRowsOfSlab {
 
   const Head& head_;
   const int64_t stride_;  // floats of one row
+  const int64_t blocks_at_once_, sets_;
   Buffer packed_;
   Tensor b_;  // as the products want it
   std::vector<Piece> pieces_;
@@ -498,7 +511,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
   const int64_t blocks_at_once = at_once / TILE_ROWS;
   Rows rows = Rows::policy(head, at_once), ref_rows = Rows::reference(head, at_once);
   const bool need_rows = need_dhidden || need_dab;
-  GradientRowsOfSlab dz_rows(head, need_rows ? at_once : 0, need_dhidden);
+  GradientRowsOfSlab dz_rows(head, need_rows ? at_once : 0, 1, need_dhidden);
   Buffer dz_columns(need_dcolumns ? at_once * SLAB : 0);        // panels of the slab, K = rows
   Buffer dbias_blocks(need_dbias ? blocks_at_once * SLAB : 0);  // column sums of each block
   Buffer dcolumns_sum(need_dcolumns ? SLAB * C : 0);
@@ -564,7 +577,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
                 table.accumulate(z + i * TILE_COLUMNS, n, sums);
               }
             }
-            if (need_rows) dz_rows.put(block, z, rows_of(block), tile, n);
+            if (need_rows) dz_rows.put(0, block, z, rows_of(block), tile, n);
           }
         });
 
@@ -615,150 +628,331 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
   return {dhidden, dweight, dbias, da, db};
 }
 
-// One sweep for log p and its gradient. A slab's logits are kept until their largest is known;
-// then dhidden collects e^(z-m) weight without the target's column, which would cancel most of
-// d log p where p is near 1:
+// e^(z-m) is finite in float32, and so are its sums, up to this far above m.
+constexpr double HIGHEST = 80;
+
+// A class that is left out of a row's sums and put back exactly at the end.
+struct LeftOut {
+  int64_t column = -1;
+  float z = 0, zq = 0;  // as `transform` left them
+};
+
+// What one tile says of a row.
+struct TileOfRow {
+  float most, most_q;
+  LeftOut top;  // the tile's likeliest class, where it is likelier than any before the slab
+  double sums[4];
+};
+
+// A row of `head_units`. `rest` is over all classes but target and top, relative to m and mq that
+// need not be the largest logits; its d is centred: sum e^(z-m) (z - zq - centre).
+struct SweepRow {
+  RowState rest;
+  LeftOut target, top;  // top, with a reference: the likeliest class so far
+  double centre = 0;    // z - zq of top
+  double most = std::numeric_limits<float>::lowest(), most_q = most;
+
+  // Add a class that was left out.
+  void add(double z, double zq, bool has_ref) {
+    const double e = std::exp(z - rest.m);
+    rest.l += e;
+    if (e > 0) rest.u += e * (z - rest.m);
+    if (!has_ref) return;
+    if (e > 0) rest.d += e * (z - zq - centre);
+    rest.lq += std::exp(zq - rest.mq);
+  }
+};
+
+// One sweep for the statistics and for the gradients of log p and KL. With e = e^(z-m) for some m
+// that keeps it finite, delta = z - zq and E = sum e, a row collects
 //
-//     d log p / d hidden = slope_t (1 - p_t) weight[t] - sum over j != t of p_j slope_j weight[j]
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
+//     A = sum e_j slope_j weight[j]        B = sum e_j (delta_j - c) slope_j weight[j]
+//
+// over all classes but two, the target and the likeliest: where p is near 1 their part would cancel
+// most of the gradient. c is the likeliest one's delta. With gap = E_p[delta], at the end
+//
+//     d log p / d hidden = -A / E + ([j = target] - p_j) slope_j weight[j] of these two
+//     d KL / d hidden    = (B - (gap - c) A) / E + p_j (delta_j - gap) slope_j weight[j] of these two
+//
+// Without a reference there is no B, and only the target is left out. Returned are both gradients;
+// or, with d_log_prob, their sum weighted by d_log_prob and d_kl.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_units(
     const Tensor& hidden,              // (N, H)
     const Tensor& weight,              // (V, H)
     const OptionalTensor& bias,        // (V,)
     const OptionalTensor& a,           // (R, H)
     const OptionalTensor& b,           // (V, R)
-    const Tensor& target,              // (N,)
+    const OptionalTensor& target,      // (N,)
+    const OptionalTensor& ref_hidden,  // (N, H)
     const OptionalTensor& d_log_prob,  // (N,)
+    const OptionalTensor& d_kl,        // (N,), with d_log_prob where there is a reference
     double scale, double temperature, double softcap, int64_t ignore_index) {
-  constexpr int64_t SLAB_TILES = SLAB / TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
+  constexpr int64_t SLAB_TILES = SLAB / TILE_COLUMNS;
   const Kernels& table = kernels();
   const Options options{static_cast<float>(temperature), static_cast<float>(softcap)};
   const Targets targets(target, ignore_index);
-  const float unit = logit_unit(options.temperature, options.softcap);
-  Head head(weight, bias, a, b, scale, hidden, OptionalTensor());
+  const double unit = logit_unit(options.temperature, options.softcap);
+  Head head(weight, bias, a, b, scale, hidden, ref_hidden);
+  const bool has_ref = head.has_ref, has_target = target.has_value();
+  const bool weighted = d_log_prob.has_value();
   const int64_t N = hidden.size(0), V = head.V(), H = head.H(), C = H + head.R();
-  Stats out(hidden, N, true, false);
-  Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
-  Tensor incoming;
-  if (d_log_prob.has_value()) incoming = d_log_prob->to(at::kFloat).contiguous();
+  Stats out(hidden, N, has_target, has_ref);
+  auto gradient = [&](bool wanted) {
+    return at::empty(wanted ? hidden.sizes() : at::IntArrayRef{0}, hidden.options());
+  };
+  Tensor dlog_prob = gradient(has_target || weighted), dkl = gradient(has_ref && !weighted);
+  auto coefficients = [](const OptionalTensor& d) {
+    return d.has_value() ? d->to(at::kFloat).contiguous() : Tensor();
+  };
+  const Tensor d_log_probs = coefficients(d_log_prob), d_kls = coefficients(d_kl);
 
-  const int64_t at_once = N == 0 ? 0 : std::min(head.rows_at_once(N), round_up(N, TILE_ROWS));
-  Rows rows = Rows::policy(head, at_once);
-  GradientRowsOfSlab dz_rows(head, at_once, true);
-  Buffer z_slab(at_once * SLAB), sum(at_once * C);  // of dhidden and ds, row by row
-  std::vector<float> most(SLAB_TILES * at_once);
-  std::vector<double> sums(SLAB_TILES * at_once * 2);
+  const int64_t sets = has_ref ? 2 : 1;
+  const int64_t dz_floats = head.products == Products::floats ? SLAB : SLAB / 2;
+  const int64_t at_once =
+      N == 0 ? 0 : head.rows_at_once(N, sets * (C + dz_floats), SWEEP_BYTES);
+  Rows rows = Rows::policy(head, at_once), ref_rows = Rows::reference(head, at_once);
+  GradientRowsOfSlab dz_rows(head, at_once, sets, true);
+  Buffer sums(sets * at_once * C);  // A and B: of dhidden and ds, row by row
+  float* const sum_a = sums.data();
+  float* const sum_b = sum_a + at_once * C;
+  std::vector<TileOfRow> tile_rows(SLAB_TILES * at_once);
 
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t count = std::min(at_once, N - group), blocks = ceil_div(count, TILE_ROWS);
     auto rows_of = [&](int64_t block) { return std::min(TILE_ROWS, count - block * TILE_ROWS); };
-    std::vector<RowState> states(count);
-    std::vector<float> kept(count);  // the target's logit as `transform` left it
+    std::vector<SweepRow> states(count);
     rows.take(group, count);
+    if (has_ref) ref_rows.take(group, count);
 
-    for (int64_t slab = 0; slab < V; slab += SLAB) {
-      const int64_t width = std::min(SLAB, V - slab), tiles = ceil_div(width, TILE_COLUMNS);
-      auto columns_of = [&](int64_t tile) {
-        return std::min(TILE_COLUMNS, width - tile * TILE_COLUMNS);
-      };
-      auto tile_of = [&](int64_t tile, int64_t block) {
-        return z_slab.data() + (tile * blocks + block) * TILE;
-      };
+    auto slope = [&](const LeftOut& left_out) {
+      const double capped = softcap > 0 ? left_out.z : 0.0;
+      return (1.0 - capped * capped) / temperature;
+    };
 
-      // logits, and the largest of each row in each tile
-      at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-        TileMaker maker(head);
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t tile = item / blocks, block = item % blocks;
-          const int64_t first = slab + tile * TILE_COLUMNS, n = columns_of(tile);
-          float* z = tile_of(tile, block);
-          maker.choose(first, n);
-          maker.logits(rows, block, rows_of(block), z);
-          for (int64_t i = 0; i < rows_of(block); ++i) {
-            most[tile * at_once + block * TILE_ROWS + i] = table.transform(
-                z + i * TILE_COLUMNS, head.has_bias ? head.bias.data() + first : nullptr, n,
-                options.temperature, options.softcap);
-          }
+    int64_t width;
+    // the first slab is small: it is done twice, to find m
+    for (int64_t slab = 0; slab < V; slab += width) {
+      width = std::min(slab == 0 ? TILE_COLUMNS : SLAB, V - slab);
+      const int64_t tiles = ceil_div(width, TILE_COLUMNS);
+
+      // e slope and e (delta - c) slope, folded and packed
+      auto weigh_row = [&](int64_t row, int64_t first, int64_t n, float* z, float* zq,
+                           TileOfRow& tile) {
+        SweepRow& state = states[row];
+        const float* tile_bias = head.has_bias ? head.bias.data() + first : nullptr;
+        auto at = [&](int64_t column) {
+          return LeftOut{column, z[column - first], zq == nullptr ? 0.0f : zq[column - first]};
+        };
+        auto leave_out = [&](int64_t column) {
+          if (column < first || column >= first + n) return;
+          z[column - first] = -std::numeric_limits<float>::infinity();
+          if (zq != nullptr) zq[column - first] = -std::numeric_limits<float>::infinity();
+        };
+        tile.most = table.transform(z, tile_bias, n, options.temperature, options.softcap);
+        tile.most_q = zq == nullptr
+            ? 0.0f : table.transform(zq, tile_bias, n, options.temperature, options.softcap);
+        tile.top = LeftOut();
+        if (zq != nullptr && tile.most > state.most) {
+          int64_t i = 0;
+          while (i < n && z[i] * static_cast<float>(unit) != tile.most) ++i;
+          tile.top = at(first + i);
         }
-      });
+        const int64_t column = targets[group + row];
+        if (column >= first && column < first + n) state.target = at(column);
+        for (int64_t left : {column, state.top.column, tile.top.column}) leave_out(left);
+        if (zq == nullptr) {
+          table.weigh(
+              z, n, static_cast<float>(state.rest.m), options.temperature, options.softcap,
+              tile.sums);
+        } else {
+          table.weigh_pair(
+              z, zq, n, static_cast<float>(state.rest.m), static_cast<float>(state.rest.mq),
+              static_cast<float>(state.centre), options.temperature, options.softcap, tile.sums);
+        }
+        return tile.most > state.rest.m + HIGHEST ||
+            (zq != nullptr && tile.most_q > state.rest.mq + HIGHEST);
+      };
+      std::atomic<bool> beyond;
+      do {
+        beyond = false;
+        at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+          TileMaker maker(head);
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t tile = item / blocks, block = item % blocks;
+            const int64_t first = slab + tile * TILE_COLUMNS;
+            const int64_t n = std::min(TILE_COLUMNS, slab + width - first);
+            maker.choose(first, n);
+            float* z = maker.logits(rows, block, rows_of(block));
+            float* zq = has_ref ? maker.ref_logits(ref_rows, block, rows_of(block)) : nullptr;
+            for (int64_t i = 0; i < rows_of(block); ++i) {
+              const int64_t row = block * TILE_ROWS + i;
+              const bool too_far = weigh_row(
+                  row, first, n, z + i * TILE_COLUMNS,
+                  zq == nullptr ? nullptr : zq + i * TILE_COLUMNS,
+                  tile_rows[tile * at_once + row]);
+              if (too_far) beyond = true;
+            }
+            dz_rows.put(0, block, z, rows_of(block), tile * TILE_COLUMNS, n);
+            if (has_ref) dz_rows.put(1, block, zq, rows_of(block), tile * TILE_COLUMNS, n);
+          }
+        });
+        if (!beyond) break;
+        // move m and mq to the largest logits, and do the slab again
+        at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            SweepRow& state = states[row];
+            double m = state.rest.m, mq = state.rest.mq;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+              const TileOfRow& of = tile_rows[tile * at_once + row];
+              if (of.most > state.rest.m + HIGHEST) m = std::max(m, double{of.most});
+              if (has_ref && of.most_q > state.rest.mq + HIGHEST) {
+                mq = std::max(mq, double{of.most_q});
+              }
+              if (slab == 0 && of.top.column >= 0) {
+                state.top = of.top;
+                state.most = of.most;
+                state.centre = (double{of.top.z} - of.top.zq) * unit;
+              }
+            }
+            if (slab > 0 && m > state.rest.m) {
+              const float shrink = static_cast<float>(std::exp(state.rest.m - m));
+              for (int64_t set = 0; set < sets; ++set) {
+                float* values = sum_a + (set * at_once + row) * C;
+                for (int64_t c = 0; c < C; ++c) values[c] *= shrink;
+              }
+            }
+            state.rest.move_to(m, mq);
+          }
+        });
+      } while (true);
 
-      // what was summed so far moves to the new maxima
-      at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      dz_rows.times_weight(slab, width, count, slab > 0, sum_a, at_once * C);
+
+      at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+        Buffer class_row(C);
         for (int64_t row = begin; row < end; ++row) {
-          RowState& state = states[row];
-          double m = state.m;
+          SweepRow& state = states[row];
+          LeftOut top = state.top;
           for (int64_t tile = 0; tile < tiles; ++tile) {
-            m = std::max(m, double{most[tile * at_once + row]});
+            const TileOfRow& of = tile_rows[tile * at_once + row];
+            state.rest.l += of.sums[0];
+            state.rest.u += of.sums[1];
+            state.most = std::max(state.most, double{of.most});
+            if (!has_ref) continue;
+            state.rest.lq += of.sums[2];
+            state.rest.d += of.sums[3];
+            state.most_q = std::max(state.most_q, double{of.most_q});
+            if (of.top.column >= 0 && (top.column < 0 || of.top.z > top.z)) top = of.top;
           }
-          if (slab > 0 && m > state.m) {
-            const float shrink = static_cast<float>(std::exp(state.m - m));
-            for (int64_t c = 0; c < C; ++c) sum.data()[row * C + c] *= shrink;
+          if (top.column == state.top.column) continue;
+          // a new likeliest class: the others come back, and it becomes the centre
+          float* values_a = sum_a + row * C;
+          float* values_b = sum_b + row * C;
+          auto put_back = [&](const LeftOut& other) {
+            if (other.column < 0 || other.column == top.column ||
+                other.column == state.target.column) {
+              return;
+            }
+            const double z = other.z * unit, zq = other.zq * unit;
+            const double e = std::exp(z - state.rest.m) * slope(other);
+            const float weight_a = static_cast<float>(e);
+            const float weight_b = static_cast<float>(e * (z - zq - state.centre));
+            head.read_class(other.column, class_row.data());
+            for (int64_t c = 0; c < C; ++c) {
+              values_a[c] += weight_a * class_row.data()[c];
+              values_b[c] += weight_b * class_row.data()[c];
+            }
+            state.add(z, zq, true);
+          };
+          put_back(state.top);
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            put_back(tile_rows[tile * at_once + row].top);
           }
-          state.move_to(m, state.mq);
+          const double centre = (double{top.z} - top.zq) * unit, moved = state.centre - centre;
+          for (int64_t c = 0; c < C; ++c) values_b[c] += static_cast<float>(moved) * values_a[c];
+          state.rest.d += moved * state.rest.l;
+          state.centre = centre;
+          state.top = top;
         }
       });
-
-      // e^(z-m), folded and packed
-      at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t tile = item / blocks, block = item % blocks, n = columns_of(tile);
-          const int64_t first = slab + tile * TILE_COLUMNS;
-          float* z = tile_of(tile, block);
-          for (int64_t i = 0; i < rows_of(block); ++i) {
-            const int64_t row = block * TILE_ROWS + i;
-            const int64_t column = targets[group + row] - first;
-            float* z_row = z + i * TILE_COLUMNS;
-            const bool inside = column >= 0 && column < n;
-            if (inside) kept[row] = z_row[column];
-            table.weigh(
-                z_row, n, static_cast<float>(states[row].m), options.temperature,
-                options.softcap, &sums[(tile * at_once + row) * 2]);
-            if (inside) z_row[column] = 0.0f;
-          }
-          dz_rows.put(block, z, rows_of(block), tile * TILE_COLUMNS, n);
-        }
-      });
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          states[row].l += sums[(tile * at_once + row) * 2];
-          states[row].u += sums[(tile * at_once + row) * 2 + 1];
-        }
-      }
-
-      dz_rows.times_weight(slab, width, count, slab > 0, sum.data());
     }
 
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      Buffer class_row(C);
+      Buffer target_row(C), top_row(C), first(C);
       for (int64_t row = begin; row < end; ++row) {
-        RowState& state = states[row];
+        SweepRow& state = states[row];
         const bool counted = targets.counted(group + row);
-        state.t = kept[row] * unit;
-        out.write(group + row, state, counted);
-        float* values = sum.data() + row * C;
-        const int64_t column = targets[group + row];
+        const LeftOut of_target = state.target, top = state.top;
+        float* values_a = sum_a + row * C;
+        float* values_b = sum_b + row * C;
+        const double rest = state.rest.l;
+        const bool apart = top.column >= 0 && top.column != of_target.column;
+        if (of_target.column >= 0) state.add(of_target.z * unit, of_target.zq * unit, has_ref);
+        const double with_target = state.rest.l;
+        if (apart) state.add(top.z * unit, top.zq * unit, has_ref);
+        const double E = state.rest.l, p_target = (with_target - rest) / E;
+        const double p_top = (E - with_target) / E, gap = state.rest.d / E;  // from the centre
+        const double others = (rest + E - with_target) / E;                  // than the target
+        const double delta = (double{of_target.z} - of_target.zq) * unit - state.centre;
+        state.rest.d += state.centre * E;
+        state.rest.t = of_target.z * unit;
+        state.rest.tq = of_target.zq * unit;
+        state.rest.move_to(state.most, has_ref ? state.most_q : state.rest.mq);
+        out.write(group + row, state.rest, counted);
         if (!counted) {
-          std::fill(values, values + C, 0.0f);
+          std::fill(values_a, values_a + C, 0.0f);
+          if (has_ref) std::fill(values_b, values_b + C, 0.0f);
+          continue;
+        }
+
+        if (of_target.column >= 0) {
+          head.read_class(of_target.column, target_row.data());
         } else {
-          const double capped = softcap > 0 ? kept[row] : 0.0;
-          const double others = state.l - std::exp(state.t - state.m);
-          const double incoming_row =
-              incoming.defined() ? incoming.const_data_ptr<float>()[group + row] : 1.0;
-          const float pull = static_cast<float>(
-              incoming_row * (1.0 - capped * capped) / temperature * others / state.l);
-          const float push = static_cast<float>(incoming_row / state.l);
-          head.read_class(column, class_row.data());
+          std::fill(target_row.data(), target_row.data() + C, 0.0f);
+        }
+        if (apart) {
+          head.read_class(top.column, top_row.data());
+        } else {
+          std::fill(top_row.data(), top_row.data() + C, 0.0f);
+        }
+        // to = of_log_prob d log p / d hidden + of_kl d KL / d hidden, and ds
+        auto blend = [&](double of_log_prob, double of_kl, float* to) {
+          const float a_part = static_cast<float>(-(of_log_prob + of_kl * gap) / E);
+          const float b_part = static_cast<float>(of_kl / E);
+          const float target_part = static_cast<float>(
+              (of_log_prob * others + (has_ref && p_target > 0 ? of_kl * p_target * (delta - gap) : 0.0)) *
+              slope(of_target));
+          const float top_part =
+              static_cast<float>(-(of_log_prob + of_kl * gap) * p_top * slope(top));
           for (int64_t c = 0; c < C; ++c) {
-            values[c] = pull * class_row.data()[c] - push * values[c];
+            float sum = a_part * values_a[c] + target_part * target_row.data()[c];
+            if (has_ref) sum += b_part * values_b[c] + top_part * top_row.data()[c];
+            to[c] = sum;
           }
+        };
+        if (weighted) {
+          blend(
+              d_log_probs.const_data_ptr<float>()[group + row],
+              has_ref ? d_kls.const_data_ptr<float>()[group + row] : 0.0, values_a);
+        } else {
+          blend(1.0, 0.0, first.data());
+          if (has_ref) blend(0.0, 1.0, values_b);
+          std::copy(first.data(), first.data() + C, values_a);
         }
       }
     });
-    head.adapter.add_dhidden(sum.data(), count, H);
-    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      store_tile(sum.data() + begin * C, C, end - begin, H, dhidden, group + begin, 0);
-    });
+    auto store = [&](float* values, Tensor& to) {
+      if (to.numel() == 0) return;
+      head.adapter.add_dhidden(values, count, H);
+      at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+        store_tile(values + begin * C, C, end - begin, H, to, group + begin, 0);
+      });
+    };
+    store(sum_a, dlog_prob);
+    store(sum_b, dkl);
   }
-  return {out.log_prob, out.peak, out.log_sum, out.entropy, dhidden};
+  return {out.log_prob, out.peak, out.log_sum, out.entropy, out.ref_log_prob, out.gap, out.kl,
+          dlog_prob, dkl};
 }
 
 }  // namespace
@@ -766,7 +960,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_log_prob(
 TORCH_LIBRARY_IMPL(perl_kernels, CPU, m) {
   m.impl("head_stats_cpu", head_stats);
   m.impl("head_grad_cpu", head_grad);
-  m.impl("head_log_prob_cpu", head_log_prob);
+  m.impl("head_units_cpu", head_units);
 }
 
 }  // namespace perl_kernels::cpu

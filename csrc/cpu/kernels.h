@@ -101,6 +101,12 @@ struct Kernels {
   void (*weigh)(
       float* z, int64_t n, float m, float temperature, float softcap, double* sums);
 
+  // sums as in fold_pair, but sum e^(z-m) (z - zq - centre) for the last; z becomes e^(z-m) dz / d raw
+  // and zq that times z - zq - centre, the room after n 0.
+  void (*weigh_pair)(
+      float* z, float* zq, int64_t n, float m, float mq, float centre, float temperature,
+      float softcap, double* sums);
+
   // z becomes d loss / d raw of its row; target is the index of the row's class or -1. zq may be
   // null when d_kl is 0. The room after n becomes 0.
   void (*gradient)(

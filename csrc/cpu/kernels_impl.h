@@ -641,13 +641,13 @@ void fold_pair(
     const float* z, const float* zq, int64_t n, float m, float mq, float unit, double* sums) {
   Floats l = {}, u = {}, lq = {}, d = {};
   for (int64_t i = 0; i < n; i += W) {
-    const Floats logit = load(z + i) * unit, logit_q = load(zq + i) * unit;
-    const Floats centred = logit - m;
+    const Floats kept = load(z + i), kept_q = load(zq + i), centred = kept * unit - m;
     const Floats e = exp(centred);
     l += e;
     u += e * (e > 0.0f ? centred : Floats{});
-    lq += exp(logit_q - mq);
-    d += e > 0.0f ? e * (logit - logit_q) : e;
+    lq += exp(kept_q * unit - mq);
+    // the difference first: it is exactly 0 where the logits are alike
+    d += e > 0.0f ? e * ((kept - kept_q) * unit) : e;
   }
   sums[0] = sum_of(l);
   sums[1] = sum_of(u);
@@ -683,6 +683,38 @@ void weigh(float* z, int64_t n, float m, float temperature, float softcap, doubl
   (softcap > 0.0f ? weigh_row<true> : weigh_row<false>)(z, n, m, temperature, softcap, sums);
 }
 
+template <bool SOFTCAP>
+void weigh_pair_row(
+    float* z, float* zq, int64_t n, float m, float mq, float centre, float temperature,
+    float softcap, double* sums) {
+  const float unit = logit_unit(temperature, softcap);
+  Floats l = {}, u = {}, lq = {}, d = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats kept = load(z + i), kept_q = load(zq + i), centred = kept * unit - m;
+    const Floats e = exp(centred);
+    const Floats weighed = e * slope<SOFTCAP>(kept, temperature);
+    const Floats delta = e > 0.0f ? (kept - kept_q) * unit - centre : Floats{};
+    l += e;
+    u += e * (e > 0.0f ? centred : Floats{});
+    lq += exp(kept_q * unit - mq);
+    d += e * delta;
+    store(z + i, weighed);
+    store(zq + i, weighed * delta);
+  }
+  sums[0] = sum_of(l);
+  sums[1] = sum_of(u);
+  sums[2] = sum_of(lq);
+  sums[3] = sum_of(d);
+}
+
+void weigh_pair(
+    float* z, float* zq, int64_t n, float m, float mq, float centre, float temperature,
+    float softcap, double* sums) {
+  for (int64_t i = n; i < padded(n); ++i) z[i] = zq[i] = -INFINITE;
+  (softcap > 0.0f ? weigh_pair_row<true> : weigh_pair_row<false>)(
+      z, zq, n, m, mq, centre, temperature, softcap, sums);
+}
+
 // d_log_prob ([j = target] - p) - d_entropy p (log p + entropy) + d_kl p (z - zq - gap),
 // in logits, times their slope
 template <bool ENTROPY, bool KL, bool SOFTCAP>
@@ -697,7 +729,7 @@ void gradient_row(
     log_p = p > 0.0f ? log_p : Floats{};
     Floats weight = all(-row.d_log_prob);
     if (ENTROPY) weight -= row.d_entropy * (log_p + row.entropy);
-    if (KL) weight += row.d_kl * (p > 0.0f ? logit - load(zq + i) * unit - row.gap : Floats{});
+    if (KL) weight += row.d_kl * (p > 0.0f ? (kept - load(zq + i)) * unit - row.gap : Floats{});
     Floats dz = p * weight;
     if (target >= i && target < i + W) dz[target - i] += row.d_log_prob;
     store(z + i, dz * slope<SOFTCAP>(kept, temperature));
@@ -731,7 +763,7 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
     to_float, from_float, accumulate, dots, drop, gated, gated_gradient, transform, fold, fold_pair,
-    weigh, gradient,
+    weigh, weigh_pair, gradient,
 };
 
 }  // namespace perl_kernels::cpu

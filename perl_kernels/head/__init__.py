@@ -23,13 +23,20 @@ and with an adapter, whose logits are [hidden | s] [weight | b]^T with s = scale
 No [V, H] sum of weight and adapter exists either. The reference's logits z_ref are made without the
 adapter, by the frozen head alone: a reference policy is the base model with its adapters off.
 
-linear_log_prob over a head in which nothing trains makes d log p / d hidden in the forward sweep
-and saves it, the size of hidden: backward is then a factor per row. With a trained head or adapter,
-in linear_kl, and for a gradient through the entropy, saved are hidden and four numbers a row (the
-largest logit, log of the sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is
+Over a head in which nothing trains the forward sweep makes d log p / d hidden, and linear_kl (by
+the compiled CPU kernels) d KL / d hidden too, from
+
+    E_p[weight]    and    E_p[(z - z_ref) weight]
+
+Each is saved, the size of hidden, and backward is a factor per row. With a trained head or adapter,
+for KL elsewhere, and for a gradient through the entropy, saved are hidden and four numbers a row
+(the largest logit, log of the sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is
 repeated in backward. policy_loss knows its coefficients before the loss, makes the gradients in the
 forward call and saves only those. db needs p itself, once the sums are known, for every class: so
 training an adapter costs policy_loss a second sweep too.
+
+In products of (N, H) and (V, H), forward and backward together: log p 2, or 3 where head or adapter
+train (4 where the weight does); with KL 4 by the compiled kernels over what is frozen, else 5.
 
 Rows whose target is ignore_index give 0 everywhere and no gradient. Triton has no kernels for an
 adapter: on a GPU such a call runs in plain torch, tile by tile.
@@ -52,6 +59,7 @@ from .._arguments import (
     check_range,
     check_shape,
 )
+from .._library import compiled_for
 from . import op as _op  # noqa: F401 - registers the ops
 
 __all__ = ["LinearKL", "PolicyLoss", "linear_kl", "linear_log_prob", "policy_loss"]
@@ -98,9 +106,7 @@ def linear_log_prob(
             out of range is undefined, since checking would wait for the device.
         bias: (V,). temperature: > 0. softcap: > 0 or None, as in Gemma 2's final logits.
         a, b: (R, H) and (V, R), an lm_head adapter in hidden's dtype or float32, over a frozen
-            weight; gradients come in their own dtype. scale: alpha / R, or alpha / sqrt(R). While
-            neither trains, the gradient of hidden is made in the forward sweep: 2 products of
-            (N, H) and (V, H) in all. While one does, the sweep is repeated in backward: 3.
+            weight; gradients come in their own dtype. scale: alpha / R, or alpha / sqrt(R).
         return_entropy: also return the entropy of softmax(z), in nats.
 
     Returns:
@@ -113,15 +119,8 @@ def linear_log_prob(
     hidden, weight, bias, _, flat_target, lead = _flatten(
         hidden, weight, bias, None, target, a, b, scale, temperature, softcap
     )
-    learns = torch.is_grad_enabled() and hidden.requires_grad
-    frozen = not any(t is not None and t.requires_grad for t in (weight, bias, a, b))
-    op = torch.ops.perl_kernels.head_stats
-    if learns and frozen:
-        op = torch.ops.perl_kernels.head_log_prob
-    log_prob, _, _, entropy, *_ = op(
-        hidden, weight, bias, a, b, flat_target, None,
-        scale, temperature, softcap or 0.0, ignore_index,
-    )  # fmt: skip
+    inputs = (hidden, weight, bias, a, b, flat_target, None)
+    log_prob, _, _, entropy, *_ = _stats(inputs, scale, temperature, softcap or 0.0, ignore_index)
     if return_entropy:
         return log_prob.view(lead), entropy.view(lead)
     return log_prob.view(lead)
@@ -157,10 +156,10 @@ def linear_kl(
     hidden, weight, bias, ref_hidden, flat_target, lead = _flatten(
         hidden, weight, bias, ref_hidden, target, a, b, scale, temperature, softcap
     )
-    log_prob, _, _, entropy, ref_log_prob, _, kl = torch.ops.perl_kernels.head_stats(
-        hidden, weight, bias, a, b, flat_target, ref_hidden,
-        scale, temperature, softcap or 0.0, ignore_index,
-    )  # fmt: skip
+    inputs = (hidden, weight, bias, a, b, flat_target, ref_hidden)
+    log_prob, _, _, entropy, ref_log_prob, _, kl, *_ = _stats(
+        inputs, scale, temperature, softcap or 0.0, ignore_index
+    )
     return LinearKL(
         kl=kl.view(lead),
         log_prob=None if target is None else log_prob.view(lead),
@@ -243,6 +242,16 @@ def policy_loss(
         kl=None if ref_hidden is None else kl.view(lead),
         entropy=entropy.view(lead),
     )
+
+
+def _stats(inputs: tuple[Tensor | None, ...], *options: float) -> tuple[Tensor, ...]:
+    """The statistics of a row, by the op whose backward costs least."""
+    hidden, *of_head = inputs[:5]
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    trained = any(t is not None and t.requires_grad for t in of_head)
+    if learns and not trained and (inputs[6] is None or compiled_for(hidden)):
+        return torch.ops.perl_kernels.head_units(*inputs, None, None, *options)
+    return torch.ops.perl_kernels.head_stats(*inputs, *options)
 
 
 def _flatten(

@@ -1,10 +1,10 @@
 """The head in the dispatcher: schema, fake, backends, autograd.
 
 `head_stats` is a sweep over the vocabulary that writes a few numbers a row; `head_grad` a second
-one that turns per-row incoming gradients into dhidden, and the head's own when asked;
-`head_log_prob` both at once for a frozen head of which only log p has a gradient, since
-d log p / d hidden needs only a factor per row afterwards; `policy_loss` the loss and its gradient
-in one forward. softcap 0 means none; a and b None mean no adapter.
+one that turns per-row incoming gradients into dhidden, and the head's own when asked; `head_units`
+both at once for a frozen head, where d log p / d hidden and d KL / d hidden need only a factor per
+row afterwards; `policy_loss` the loss and its gradient in one forward. softcap 0 means none; a and
+b None mean no adapter.
 """
 
 from __future__ import annotations
@@ -29,30 +29,33 @@ from .._softmax import (
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b"
 _OPTIONS = "float scale, float temperature, float softcap, int ignore_index"
+_STATS = (
+    "Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor ref_log_prob, Tensor gap,"
+    " Tensor kl"
+)
 _NEED = "bool need_dhidden, bool need_dweight, bool need_dbias, bool need_dab"
 _GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias, Tensor da, Tensor db"
-define(
-    f"head_stats({_HEAD}, Tensor? target, Tensor? ref_hidden, {_OPTIONS})"
-    " -> (Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor ref_log_prob,"
-    " Tensor gap, Tensor kl)"
-)
+define(f"head_stats({_HEAD}, Tensor? target, Tensor? ref_hidden, {_OPTIONS}) -> ({_STATS})")
 define(
     f"head_grad({_HEAD}, Tensor? target, Tensor? ref_hidden,"
     " Tensor peak, Tensor log_sum, Tensor entropy, Tensor gap,"
     f" Tensor? d_log_prob, Tensor? d_entropy, Tensor? d_kl, {_OPTIONS}, {_NEED}) -> ({_GRADS})"
 )
 define(
-    f"head_log_prob({_HEAD}, Tensor target, Tensor? d_log_prob, {_OPTIONS})"
-    " -> (Tensor log_prob, Tensor peak, Tensor log_sum, Tensor entropy, Tensor dhidden)"
+    f"head_units({_HEAD}, Tensor? target, Tensor? ref_hidden, Tensor? d_log_prob, Tensor? d_kl,"
+    f" {_OPTIONS}) -> ({_STATS}, Tensor dlog_prob, Tensor dkl)"
 )
 define(
     f"policy_loss({_HEAD}, Tensor target, Tensor advantage, Tensor? ref_hidden, float kl_coef,"
     f" {_OPTIONS}, bool mean, {_NEED})"
     f" -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy, {_GRADS})"
 )
+define(
+    "head_weighted_units(Tensor dlog_prob, Tensor dkl, Tensor? d_log_prob, Tensor? d_kl) -> Tensor"
+)
 define_twins("head_stats", "cpu")
 define_twins("head_grad", "cpu")
-define_twins("head_log_prob", "cpu")
+define_twins("head_units", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,9 +85,19 @@ def _fake_grad(hidden, weight, bias, a, b, *rest):
     return _empty_grads(hidden, weight, bias, a, b, *rest[-4:])
 
 
-def _fake_log_prob(hidden, *rest):
-    stats = empty_stats(hidden, hidden.shape[0], True, False)
-    return (*stats[:4], hidden.new_empty(hidden.shape))
+def _fake_units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, *rest):
+    has_target, has_ref, weighted = (
+        target is not None,
+        ref_hidden is not None,
+        d_log_prob is not None,
+    )
+    dlog_prob = hidden.new_empty(hidden.shape if has_target or weighted else (0,))
+    dkl = hidden.new_empty(hidden.shape if has_ref and not weighted else (0,))
+    return (*empty_stats(hidden, hidden.shape[0], has_target, has_ref), dlog_prob, dkl)
+
+
+def _fake_weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
+    return torch.empty_like(dkl if d_log_prob is None else dlog_prob)
 
 
 def _fake_policy_loss(hidden, weight, bias, a, b, target, advantage, ref_hidden, *rest):
@@ -133,20 +146,36 @@ def _grad(hidden, weight, bias, a, b, *rest):
     return _grad_torch(hidden, weight, bias, a, b, *rest)
 
 
-def _log_prob(hidden, weight, bias, a, b, target, d_log_prob, *options):
-    """d_log_prob None: 1 for every row."""
-    head = (hidden, weight, bias, a, b)
+def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *options):
+    """With d_log_prob, dlog_prob is the sum of both gradients, weighted by d_log_prob and d_kl."""
+    inputs = (hidden, weight, bias, a, b, target, ref_hidden)
     check_targets(target, weight.shape[0], options[-1])
     if backend_of(hidden) == "cpu":
-        return torch.ops.perl_kernels.head_log_prob_cpu(*head, target, d_log_prob, *options)
-    stats = Stats(*_stats(*head, target, None, *options))
-    if d_log_prob is None:
-        d_log_prob = torch.ones_like(stats.log_prob)
-    dhidden, *_ = _grad(
-        *head, target, None, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-        d_log_prob, None, None, *options, True, False, False, False,
-    )  # fmt: skip
-    return (*stats[:4], dhidden)
+        return torch.ops.perl_kernels.head_units_cpu(*inputs, d_log_prob, d_kl, *options)
+    stats = Stats(*_stats(*inputs, *options))
+
+    def gradient(d_log_prob, d_kl):
+        if d_log_prob is None and d_kl is None:
+            return hidden.new_empty(0)
+        return _grad(
+            *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap, d_log_prob, None, d_kl,
+            *options, True, False, False, False,
+        )[0]  # fmt: skip
+
+    if d_log_prob is not None:
+        return (*stats, gradient(d_log_prob, d_kl), hidden.new_empty(0))
+    one = torch.ones_like(stats.peak)
+    dlog_prob = gradient(None if target is None else one, None)
+    return (*stats, dlog_prob, gradient(None, None if ref_hidden is None else one))
+
+
+def _weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
+    """dhidden (N, H) = d_log_prob dlog_prob + d_kl dkl, float32 for a block of rows at a time."""
+    parts = [(d, unit) for d, unit in ((d_log_prob, dlog_prob), (d_kl, dkl)) if d is not None]
+    dhidden = torch.empty_like(parts[0][1])
+    for rows in _tiles(dhidden.shape[0], _TILE_ROWS):
+        dhidden[rows] = sum(d[rows, None] * unit[rows] for d, unit in parts)
+    return dhidden
 
 
 def _tiles(total: int, size: int) -> list[slice]:
@@ -244,24 +273,23 @@ def _policy_loss(
     if mean:
         share = share / share.sum().clamp(min=1)
     d_log_prob = -share * advantage
-    grads = _empty_grads(*head, False, False, False, False)
-    if ref_hidden is None and need == (True, False, False, False):
-        log_prob, _, _, entropy, dhidden = torch.ops.perl_kernels.head_log_prob(
-            *head, target, d_log_prob, *options
-        )
-        loss = (d_log_prob * log_prob).sum()
-        return (loss, log_prob, log_prob.new_empty(0), entropy, dhidden, *grads[1:])
-    inputs = (*head, target, ref_hidden)
-    stats = Stats(*torch.ops.perl_kernels.head_stats(*inputs, *options))
     d_kl = kl_coef * share if ref_hidden is not None else None
+    inputs = (*head, target, ref_hidden)
+    if need == (True, False, False, False):
+        *stats, dhidden, _ = torch.ops.perl_kernels.head_units(*inputs, d_log_prob, d_kl, *options)
+        stats = Stats(*stats)
+        grads = (dhidden, *_empty_grads(*head, *need)[1:])
+    else:
+        stats = Stats(*torch.ops.perl_kernels.head_stats(*inputs, *options))
+        grads = _empty_grads(*head, *need)
+        if any(need):
+            grads = torch.ops.perl_kernels.head_grad(
+                *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+                d_log_prob, None, d_kl, *options, *need,
+            )  # fmt: skip
     loss = (d_log_prob * stats.log_prob).sum()
     if d_kl is not None:
         loss = loss + (d_kl * stats.kl).sum()
-    if any(need):
-        grads = torch.ops.perl_kernels.head_grad(
-            *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-            d_log_prob, None, d_kl, *options, *need,
-        )  # fmt: skip
     return (loss, stats.log_prob, stats.kl, stats.entropy, *grads)
 
 
@@ -304,27 +332,33 @@ def _wanted(ctx, grads, dtypes):
     return (*wanted, *[None] * (len(need) - 5))
 
 
-def _log_prob_setup(ctx, inputs, output):
-    *head, target, _, scale, temperature, softcap, ignore_index = inputs
+def _units_setup(ctx, inputs, output):
+    *tensors, d_log_prob, _, scale, temperature, softcap, ignore_index = inputs
     ctx.options = (scale, temperature, softcap, ignore_index)
-    _, peak, log_sum, entropy, dhidden = output
-    ctx.mark_non_differentiable(peak, log_sum, dhidden)
+    ctx.weighted = d_log_prob is not None
+    *stats, dlog_prob, dkl = output
+    stats = Stats(*stats)
+    ctx.mark_non_differentiable(
+        stats.peak, stats.log_sum, stats.ref_log_prob, stats.gap, dlog_prob, dkl
+    )
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*head, target, peak, log_sum, entropy, dhidden)
+    saved = (stats.peak, stats.log_sum, stats.entropy, stats.gap, dlog_prob, dkl)
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _log_prob_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _dhidden):
-    *inputs, peak, log_sum, entropy, unit = ctx.saved_tensors
-    nothing = (None,) * (len(ctx.needs_input_grad) - 1)
-    if d_entropy is not None:
+def _units_backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _ref_log_prob, _gap, d_kl, *_):
+    *saved, dlog_prob, dkl = ctx.saved_tensors
+    d_log_prob = None if saved[5] is None else d_log_prob
+    d_kl = None if saved[6] is None else d_kl
+    if d_entropy is not None or ctx.weighted:
         dhidden, *_ = torch.ops.perl_kernels.head_grad(
-            *inputs, None, peak, log_sum, entropy, peak.new_empty(0),
-            d_log_prob, d_entropy, None, *ctx.options, True, False, False, False,
-        )  # fmt: skip
-        return (dhidden, *nothing)
-    if d_log_prob is None:
-        return (None, *nothing)
-    return ((unit * d_log_prob[:, None]).to(unit.dtype), *nothing)
+            *saved, d_log_prob, d_entropy, d_kl, *ctx.options, True, False, False, False
+        )
+    elif d_log_prob is None and d_kl is None:
+        dhidden = None
+    else:
+        dhidden = torch.ops.perl_kernels.head_weighted_units(dlog_prob, dkl, d_log_prob, d_kl)
+    return (dhidden, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def _policy_setup(ctx, inputs, output):
@@ -343,5 +377,6 @@ def _policy_backward(ctx, d_loss, *_):
 
 implement("head_stats", _stats, _fake_stats, _stats_setup, _stats_backward)
 implement("head_grad", _grad, _fake_grad)
-implement("head_log_prob", _log_prob, _fake_log_prob, _log_prob_setup, _log_prob_backward)
+implement("head_weighted_units", _weighted_units, _fake_weighted_units)
+implement("head_units", _units, _fake_units, _units_setup, _units_backward)
 implement("policy_loss", _policy_loss, _fake_policy_loss, _policy_setup, _policy_backward)
