@@ -6,8 +6,9 @@ Element (n, d) of an (N, D) input is kept when 16 bits of a Philox-4x32-7 word
 
 the lower ones where d is even, the upper ones where it is odd, are at least p * 2**16. So p counts
 in steps of 2**-16. Seven rounds pass every test of randomness that the source put them to; ten, and
-a whole word for each element, would take three times as long. The C++ and Triton kernels compute the same words, so forward, backward and
-a recomputation under activation checkpointing all see the same mask, on every backend.
+a whole word for each element, would take three times as long. The C++ and Triton kernels compute
+the same words, so forward, backward and a recomputation under activation checkpointing all see the
+same mask, on every backend.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 

@@ -676,7 +676,7 @@ def test_an_unsupported_dtype_is_refused():
 # a block whose h takes 96 MB, in forward and in backward
 # ------------------------------------------------------------------------------------------------
 
-MEMORY = """
+GROWTH = """
 import sys
 import torch
 import perl_kernels as pk
@@ -735,7 +735,7 @@ print(growth(lambda: step(x)))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 @pytest.mark.parametrize("rank", [0, 16])
 def test_the_head_needs_little_memory(rank):
-    found = run_capped("avx512_bf16", "-c", MEMORY, str(rank))
+    found = run_capped("avx512_bf16", "-c", GROWTH + HEAD, str(rank))
     assert found.startswith("0\n"), found
     assert int(found.split()[1]) <= 32 * 2**20, f"{int(found.split()[1]) / 2**20:.0f} MiB"
 
