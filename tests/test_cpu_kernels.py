@@ -171,6 +171,8 @@ def mlp_case(index: int, dtype: torch.dtype):
     adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
     n, d = choose.choice([1, 3, 7, 64, 121, 259]), choose.choice([2, 17, 64, 130, 256])
     f, o = choose.choice([1, 45, 96, 193, 200, 385]), choose.choice([d, d, 1, 66])
+    if f == o == 1:
+        o = d  # or every gradient of down would be one number times a vector, right by luck
     with_bias = choose.random() < 0.5
     tensors = {"x": laid_out(choose, torch.randn(n, d).to(dtype)).requires_grad_()}
     scale = []
