@@ -243,19 +243,22 @@ def test_law_lora_mlp(dtype):
 # ------------------------------------------------------------------------------------------------
 
 
-def head_case(index: int, dtype: torch.dtype):
-    choose = random.Random(index)
+HEAD_OPS = ["linear_log_prob", "linear_kl", "policy_loss"]
+
+
+def head_case(index: int, op: str, dtype: torch.dtype):
+    choose = random.Random(f"{op} {index}")
     torch.manual_seed(index)
     n, h = choose.choice([1, 5, 121, 260]), choose.choice([2, 8, 33, 130])
     v = choose.choice([2, 45, 193, 961, 2500])
-    trained = choose.random() < 0.4
+    trained = op != "linear_kl" and choose.random() < 0.4
     hidden, weight = 2 * torch.randn(n, h), torch.randn(v, h) / h**0.5
     tensors = {
         "hidden": laid_out(choose, hidden.to(dtype)).requires_grad_(),
         "weight": laid_out(choose, weight.to(dtype)).requires_grad_(trained),
         "bias": torch.randn(v).to(dtype).requires_grad_(trained) if choose.random() < 0.5 else None,
     }
-    if not trained and choose.random() < 0.7:
+    if op == "linear_kl" or (op == "policy_loss" and not trained and choose.random() < 0.7):
         shifted = tensors["hidden"].detach().float() + 0.3 * torch.randn(n, h)
         tensors["ref_hidden"] = laid_out(choose, shifted.to(dtype))
     options = {
@@ -283,13 +286,25 @@ def head_case(index: int, dtype: torch.dtype):
     incoming = dict(zip(("log_prob", "entropy", "kl"), torch.randn(3, n), strict=True))
     if choose.random() < 0.6:  # without it one sweep makes all there is to make over a frozen head
         del incoming["entropy"]
-    return tensors, target, options, incoming
+    return op, tensors, target, options, incoming
 
 
-def head_results(tensors, target, options, incoming, compiled: bool):
+def head_results(op, tensors, target, options, incoming, compiled: bool):
     tensors = dict(tensors)
     ref_hidden = tensors.pop("ref_hidden", None)
-    if compiled and ref_hidden is not None:
+    loss_options = {
+        "advantage": incoming["log_prob"],
+        "kl_coef": 0.0 if ref_hidden is None else 0.3,
+    }
+    loss_options["reduction"] = "sum" if "entropy" in incoming else "mean"
+    if compiled and op == "policy_loss":
+        found = pk.policy_loss(
+            **tensors, ref_hidden=ref_hidden, target=target, **loss_options, **options
+        )
+        outputs = {"log_prob": found.log_prob, "entropy": found.entropy, "loss": found.loss}
+        if ref_hidden is not None:
+            outputs["kl"] = found.kl
+    elif compiled and op == "linear_kl":
         found = pk.linear_kl(**tensors, ref_hidden=ref_hidden, target=target, **options)
         outputs = {"log_prob": found.log_prob, "entropy": found.entropy, "kl": found.kl}
     elif compiled:
@@ -302,6 +317,12 @@ def head_results(tensors, target, options, incoming, compiled: bool):
         if ref_hidden is not None:
             kl = head_reference.linear_kl(**kept, ref_hidden=ref_hidden, **options)
             outputs["kl"] = kl.where(target != -100, 0.0)
+        if op == "policy_loss":
+            outputs["loss"] = head_reference.policy_loss(
+                **kept, ref_hidden=ref_hidden, target=kept_target, **loss_options, **options
+            )
+    if op == "policy_loss":
+        incoming = {"loss": torch.ones(())}
     total = sum(
         (o * incoming[name].to(o.dtype)).sum() for name, o in outputs.items() if name in incoming
     )
@@ -322,16 +343,18 @@ def without_masked_classes(tensors, target):
     return {**tensors, **of_classes}, place[target.where(counted, 0)].where(counted, -100)
 
 
+@pytest.mark.parametrize("op", HEAD_OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_law_head(dtype):
+def test_law_head(dtype, op):
     law = Law(dtype)
-    for case in range(120):
-        tensors, *rest = head_case(case, dtype)
-        exact = head_results(doubled(tensors), *rest, compiled=False)
+    for case in range(100):
+        torch.set_num_threads(1 + case % 2)
+        op, tensors, *rest = head_case(case, op, dtype)
+        exact = head_results(op, doubled(tensors), *rest, compiled=False)
         law.add(
             case,
-            head_results(tensors, *rest, compiled=True),
-            head_results(tensors, *rest, compiled=False),
+            head_results(op, tensors, *rest, compiled=True),
+            head_results(op, tensors, *rest, compiled=False),
             exact,
             **kl_scale(exact),
         )
@@ -400,7 +423,7 @@ def test_every_instruction_set(cap):
         pytest.skip(f"{_library.cpu_capability()} is the widest here")
     assert name.split()[1] == cap.upper()
     found = run_capped(cap, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "law")
-    assert found.startswith("0\n") and "15 passed" in found, found
+    assert found.startswith("0\n") and "21 passed" in found, found
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -572,9 +572,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
             }
             if (need_dbias) {
               float* sums = dbias_blocks.data() + block * SLAB + tile;
-              put_tile(z, 1, n, false, sums, SLAB);
-              for (int64_t i = 1; i < rows_of(block); ++i) {
-                table.accumulate(z + i * TILE_COLUMNS, n, sums);
+              alignas(64) float part[TILE_COLUMNS];  // a sum of sums of 12 rows rounds less
+              for (int64_t i = 0; i < rows_of(block); i += 12) {
+                put_tile(z + i * TILE_COLUMNS, 1, n, false, part, TILE_COLUMNS);
+                for (int64_t j = i + 1; j < std::min(i + 12, rows_of(block)); ++j) {
+                  table.accumulate(z + j * TILE_COLUMNS, n, part);
+                }
+                put_tile(part, 1, n, i > 0, sums, SLAB);
               }
             }
             if (need_rows) dz_rows.put(0, block, z, rows_of(block), tile, n);
