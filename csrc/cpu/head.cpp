@@ -29,7 +29,7 @@ constexpr int64_t PACKED_BYTES = int64_t{8} << 20;  // of rows at once, policy a
 constexpr int64_t SWEEP_BYTES = int64_t{24} << 20;  // and with them of their gradients
 constexpr int64_t MOST_ROWS = 10 * TILE_ROWS;
 constexpr int64_t MOST_SHARES = 64;
-constexpr int64_t SLAB = 5 * TILE_COLUMNS;  // a multiple of TILE_ROWS too
+constexpr int64_t SLAB = 6 * TILE_COLUMNS;
 
 struct Options {
   float temperature, softcap;
@@ -57,6 +57,30 @@ void put_tile(
       table.from_float(tile, columns, Dtype::float32, c);
     }
   }
+}
+
+// The sizes of tiles that cut n columns.
+std::vector<int64_t> tiles_of(int64_t n) {
+  std::vector<int64_t> sizes;
+  for (int64_t first = 0; first < n; first += TILE_COLUMNS) {
+    sizes.push_back(std::min(TILE_COLUMNS, n - first));
+  }
+  return sizes;
+}
+
+// Calls work(begin, end) on runs of (tile, block of rows) items, numbered tile * blocks + block, of
+// even total size.
+template <class Work>
+void parallel_items(const std::vector<int64_t>& tiles, int64_t rows, const Work& work) {
+  std::vector<int64_t> weights;
+  for (int64_t columns : tiles) {
+    for (int64_t row = 0; row < rows; row += TILE_ROWS) {
+      weights.push_back(
+          round_up(columns, kernels().column_panel) *
+          round_up(std::min(TILE_ROWS, rows - row), kernels().row_panel));
+    }
+  }
+  parallel_by_weight(weights, work);
 }
 
 // c (P, Q) = or += rows (P, K) columns (Q, K)^T of float32 panels, for the adapter's small products
@@ -316,8 +340,9 @@ class GradientRowsOfSlab {
   void times_weight(
       int64_t slab, int64_t width, int64_t count, bool add, float* c, int64_t c_stride = 0) {
     const int64_t blocks = ceil_div(count, TILE_ROWS), ldc = head_.H() + head_.R();
-    const int64_t items = static_cast<int64_t>(pieces_.size()) * blocks;
-    at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> sizes;
+    for (const Piece& piece : pieces_) sizes.push_back(piece.count);
+    parallel_items(sizes, count, [&](int64_t begin, int64_t end) {
       Buffer columns(TILE_COLUMNS * round_up(width, 2)), tile(TILE_ROWS * TILE_COLUMNS);
       int64_t packed = -1;
       for (int64_t item = begin; item < end; ++item) {
@@ -524,7 +549,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
         : direct ? dhidden.mutable_data_ptr<float>() + group * H : rows_room.data();
     for (int64_t slab = 0; slab < V; slab += SLAB) {
       const int64_t width = std::min(SLAB, V - slab);
-      const int64_t tiles = ceil_div(width, TILE_COLUMNS);
       for (int64_t part = 0; part < group_rows; part += at_once) {
         const int64_t count = std::min(at_once, group_rows - part);
         const int64_t first_row = group + part, blocks = ceil_div(count, TILE_ROWS);
@@ -537,7 +561,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_grad(
         }
 
         // dz of the slab
-        at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        parallel_items(tiles_of(width), count, [&](int64_t begin, int64_t end) {
           TileMaker maker(head);
           for (int64_t item = begin; item < end; ++item) {
             const int64_t tile = item / blocks * TILE_COLUMNS, block = item % blocks;
@@ -779,7 +803,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       std::atomic<bool> beyond;
       do {
         beyond = false;
-        at::parallel_for(0, tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        parallel_items(tiles_of(width), count, [&](int64_t begin, int64_t end) {
           TileMaker maker(head);
           for (int64_t item = begin; item < end; ++item) {
             const int64_t tile = item / blocks, block = item % blocks;

@@ -38,10 +38,45 @@ PERL_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 PERL_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
 PERL_INLINE Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
 
+typedef float HalfFloats __attribute__((vector_size(2 * W)));
+typedef float HalfFloatsInMemory __attribute__((vector_size(2 * W), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(4 * W)));
+typedef long long SignedLongs __attribute__((vector_size(4 * W)));
+
+#if PERL_LANES == 4
+constexpr Ints LANES = {0, 1, 2, 3};
+constexpr SignedLongs DOUBLE_LANES = {0, 1};
+#elif PERL_LANES == 8
+constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr SignedLongs DOUBLE_LANES = {0, 1, 2, 3};
+#else
+constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr SignedLongs DOUBLE_LANES = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+
+PERL_INLINE HalfFloats load_half(const float* p) {
+  return *reinterpret_cast<const HalfFloatsInMemory*>(p);
+}
+
+// Sum and largest of a vector's elements, by halves.
 PERL_INLINE double sum_of(Floats v) {
-  double sum = 0;
-  for (int64_t i = 0; i < W; ++i) sum += v[i];
-  return sum;
+  float lanes[W];  // its own memory: v itself stays in a register
+  store(lanes, v);
+  Doubles sum = __builtin_convertvector(load_half(lanes), Doubles) +
+      __builtin_convertvector(load_half(lanes + W / 2), Doubles);
+#pragma GCC unroll 3
+  for (int64_t n = W / 4; n > 0; n /= 2) {
+    sum += __builtin_shuffle(sum, (DOUBLE_LANES + n) & (W / 2 - 1));
+  }
+  return sum[0];
+}
+
+PERL_INLINE float largest_of(Floats v) {
+#pragma GCC unroll 4
+  for (int64_t n = W / 2; n > 0; n /= 2) {
+    v = larger(__builtin_shuffle(v, (LANES + static_cast<int32_t>(n)) & (int32_t{W} - 1)), v);
+  }
+  return v[0];
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -421,7 +456,6 @@ typedef uint16_t Numbers __attribute__((vector_size(4 * W)));
 typedef int16_t Keeps __attribute__((vector_size(4 * W), may_alias));
 typedef int16_t SignedHalves __attribute__((vector_size(2 * W), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(4 * W)));
-typedef long long SignedLongs __attribute__((vector_size(4 * W)));
 
 // Low 32 bits of every lane times constant, in 64 bits.
 PERL_INLINE Longs multiply_low_words(Longs x, uint64_t constant) {
@@ -620,9 +654,7 @@ float transform(float* z, const float* bias, int64_t n, float temperature, float
     for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
   }
   if (n % W != 0) most = larger(load(z + padded(n) - W), most);
-  float largest = LOWEST;
-  for (int64_t i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
-  return largest * logit_unit(temperature, softcap);
+  return largest_of(most) * logit_unit(temperature, softcap);
 }
 
 void fold(const float* z, int64_t n, float m, float unit, double* sums) {
