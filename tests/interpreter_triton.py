@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 pytest tests/interpreter_triton.py
 """
 
 import pytest
+import test_lora_mlp as mlp
 import torch
 from _compare import check_law, doubled
 
@@ -198,6 +199,18 @@ def test_only_the_wanted_gradients():
         found = run_lora(pk.lora_linear, some, dy, scale=1.0)
         assert not {f"d{name}" for name in frozen} & found.keys()
         torch.testing.assert_close(found, {name: expected[name] for name in found})
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_mlp: the kernels above, put together
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", mlp.SAVE)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_lora_mlp(p, save):
+    tensors = mlp.make(37, 24, 45, 33, (5, 3, 16))
+    compare(*mlp.three_ways(tensors, save, dropout_p=p), torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------

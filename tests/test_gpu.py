@@ -1,6 +1,7 @@
 """The ops on a GPU, held to float64 and to the CPU's dropout mask: `pytest -m gpu`."""
 
 import pytest
+import test_lora_mlp as mlp
 import torch
 from _compare import check_law, doubled
 
@@ -176,6 +177,19 @@ def test_dropout_obeys_the_law():
     exact = run_lora(lora.lora_linear, doubled(tensors), dy, **options)
     for name in exact:
         check_law(name, ours[name], theirs[name], exact[name], torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_mlp
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("save", mlp.SAVE)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_lora_mlp(p, save, dtype):
+    tensors = mlp.make(507, 123, 200, 96, (5, 16, 64), dtype)
+    mlp.hold_to_law(*mlp.three_ways(tensors, save, dropout_p=p), dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -362,8 +376,15 @@ def steps():
         found = pk.log_prob(logits, target)
         return [found.detach(), *torch.autograd.grad(found, logits, coefficient)]
 
+    block = mlp.make(130, 96, 160, 96, (8, 4, 16), torch.bfloat16)
+    d_block = torch.randn(130, 96).to(torch.bfloat16)
+
+    def block_step():
+        return list(mlp.outputs_and_gradients(mlp.ours, block, d_block).values())
+
     return {
         "lora_linear": (lora_step, lora_tensors["x"]),
+        "lora_mlp": (block_step, block["x"]),
         "linear_log_prob": (log_prob_step, hidden),
         "policy_loss": (policy_step, hidden),
         "log_prob": (logits_step, logits),
@@ -383,7 +404,9 @@ def captured(step):
     return graph, outputs
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "linear_log_prob", "policy_loss", "log_prob"])
+@pytest.mark.parametrize(
+    "name", ["lora_linear", "lora_mlp", "linear_log_prob", "policy_loss", "log_prob"]
+)
 def test_cuda_graph_replays_on_new_values(name):
     step, varied = steps()[name]
     graph, outputs = captured(step)
@@ -405,7 +428,9 @@ def test_dropout_in_a_cuda_graph_draws_a_new_mask_each_time():
     assert not torch.equal(*masks)
 
 
-@pytest.mark.parametrize("name", ["lora_linear", "linear_log_prob", "policy_loss", "log_prob"])
+@pytest.mark.parametrize(
+    "name", ["lora_linear", "lora_mlp", "linear_log_prob", "policy_loss", "log_prob"]
+)
 def test_nothing_waits_for_the_device_and_results_repeat(name):
     step, _ = steps()[name]
     first = step()

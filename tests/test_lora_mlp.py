@@ -69,15 +69,19 @@ def outputs_and_gradients(function, tensors, dy, **options):
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
 
-def three_ways(tensors, save="gate_up", seeds=None, **options):
-    """Ours, plain torch, and float64; dropout's masks are those of `seeds`, drawn after 11."""
+def three_ways(tensors, save="gate_up", **options):
+    """Ours, plain torch, and float64, with the same dropout masks."""
     x = tensors["x"]
-    dy = torch.randn(x.shape[0], tensors["down.weight"].shape[0]).to(x.dtype)
-    exact = outputs_and_gradients(plain, doubled(tensors), dy, **options, **(seeds or {}))
-    theirs = outputs_and_gradients(plain, tensors, dy, **options, **(seeds or {}))
-    if seeds:
+    with torch.random.fork_rng():
         torch.manual_seed(11)
-    found = outputs_and_gradients(ours, tensors, dy, save=save, **options)
+        seeds = {f"seed_{of}": _dropout.new_seed(x.device) for of in "xh"}
+    assert seeds["seed_x"] != seeds["seed_h"]
+    dy = torch.randn(x.shape[0], tensors["down.weight"].shape[0]).to(x.dtype)
+    exact = outputs_and_gradients(plain, doubled(tensors), dy, **options, **seeds)
+    theirs = outputs_and_gradients(plain, tensors, dy, **options, **seeds)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        found = outputs_and_gradients(ours, tensors, dy, save=save, **options)
     return found, theirs, exact
 
 
@@ -116,11 +120,8 @@ def test_float32_adapters_on_a_narrow_base_get_float32_gradients(backend, dtype)
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_is_two_masks_of_the_counter(backend, p, save):
     """With the seeds known, output and gradients equal the reference's with the same seeds."""
-    torch.manual_seed(11)
-    seeds = {f"seed_{of}": _dropout.new_seed(torch.device("cpu")) for of in "xh"}
-    assert seeds["seed_x"] != seeds["seed_h"]
     tensors = make(37, 123, 45, 40, (5, 3, 17))
-    hold_to_law(*three_ways(tensors, save, seeds, dropout_p=p), torch.float32)
+    hold_to_law(*three_ways(tensors, save, dropout_p=p), torch.float32)
 
 
 def test_dropout_repeats_with_the_seed_and_differs_without(backend):

@@ -17,6 +17,8 @@ constexpr int64_t W = PERL_LANES;
 constexpr int64_t ROW_PANEL = W == 16 ? 12 : 6;  // 2 * ROW_PANEL accumulators fill the registers
 constexpr int64_t COLUMN_PANEL = 2 * W;
 // A panel of columns stays in the first cache; and a sum of sums of 128 rounds less than one sum.
+// Blocks of pairs are even, and up to a quarter longer: a rank behind a power of two makes no new
+// one, and there the rounding of the operands rules.
 constexpr int64_t K_BLOCK = 128;
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float INFINITE = __builtin_inff();
@@ -134,9 +136,14 @@ void multiply(
     const float* rows, int64_t row_panels, int64_t row_panel_stride,
     const float* columns, int64_t column_panels, int64_t column_panel_stride,
     int64_t k, float* c, int64_t ldc, bool add) {
+  int64_t block = K_BLOCK;
+  if (PAIRS) {
+    const int64_t blocks = (k + K_BLOCK - 1 - K_BLOCK / 4) / K_BLOCK;
+    block = blocks > 1 ? (k + blocks - 1) / blocks : k;
+  }
   int64_t first = 0;
   do {
-    const int64_t length = k - first < K_BLOCK ? k - first : K_BLOCK;
+    const int64_t length = k - first < block ? k - first : block;
     for (int64_t j = 0; j < column_panels; ++j) {
       for (int64_t i = 0; i < row_panels; ++i) {
         multiply_panel<PAIRS>(
@@ -146,7 +153,7 @@ void multiply(
             c + i * ROW_PANEL * ldc + j * COLUMN_PANEL, ldc, add || first > 0);
       }
     }
-    first += K_BLOCK;
+    first += length;
   } while (first < k);
 }
 

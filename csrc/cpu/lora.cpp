@@ -164,12 +164,21 @@ bool can_pair(TensorList operands) {
 
 }  // namespace
 
-Wide::Wide(std::initializer_list<TensorList> operands)
+Panels::Panels(std::initializer_list<TensorList> operands)
     : pairs(
           kernels().multiply_pairs != nullptr &&
           std::all_of(operands.begin(), operands.end(), can_pair)) {}
 
-void Wide::pack_columns(
+Tensor Panels::readable(const Tensor& t) const {
+  if (!pairs) return t;
+  const Tensor rounded = t.to(at::kBFloat16);
+  if (paired(Matrix(rounded))) return rounded;
+  Tensor even = at::zeros({t.size(0), round_up(t.size(1), 2)}, rounded.options());
+  even.slice(1, 0, t.size(1)).copy_(rounded);
+  return even;
+}
+
+void Panels::pack_columns(
     const Tensor& w, int64_t first, int64_t count, float* to, int64_t panel_stride) const {
   const int64_t width = kernels().column_panel;
   if (pairs) {
@@ -179,7 +188,23 @@ void Wide::pack_columns(
   }
 }
 
-void Wide::multiply(
+void Panels::pack_tile(
+    const float* tile, int64_t ld, int64_t rows, int64_t count, float* to,
+    int64_t panel_stride) const {
+  const int64_t panel = kernels().row_panel, k = length(count);
+  if (!pairs) {
+    return pack(Matrix(tile, rows, count, ld), 0, rows, 0, count, panel, to, panel_stride);
+  }
+  Buffer rounded(rows * k);
+  at::BFloat16* row = reinterpret_cast<at::BFloat16*>(rounded.data());
+  for (int64_t n = 0; n < rows; ++n, row += 2 * k) {
+    kernels().from_float(tile + n * ld, count, Dtype::bfloat16, row);
+    if (count % 2 == 1) row[count] = 0;
+  }
+  pack(Matrix(rounded.data(), rows, k, k), 0, rows, 0, k, panel, to, panel_stride);
+}
+
+void Panels::multiply(
     const float* rows, int64_t row_panels, int64_t row_panel_stride, const float* columns,
     int64_t column_panels, int64_t column_panel_stride, int64_t length, float* c, int64_t ldc,
     bool add) const {
@@ -189,138 +214,167 @@ void Wide::multiply(
       ldc, add);
 }
 
-std::vector<int64_t> starts_of(const Wide& wide, const Projections& p) {
-  std::vector<int64_t> starts = {0};
-  for (const Tensor& w : p.weight) starts.push_back(starts.back() + wide.length(w.size(0)));
-  return starts;
+namespace {
+
+std::vector<Tensor> all_readable(TensorList tensors, const Panels& panels) {
+  std::vector<Tensor> found;
+  for (const Tensor& t : tensors) found.push_back(panels.readable(t));
+  return found;
 }
 
-ColumnsOfS::ColumnsOfS(const Wide& wide, const Projections& p)
-    : wide_(wide), rank_(p.rank()), room_(round_up(rank_, kernels().column_panel)),
-      length_(wide.length(p.weight[0].size(1))), packed_(room_ * length_) {
-  const int64_t width = kernels().column_panel;
-  const Tensor a = wide.pairs ? p.a_all.to(at::kBFloat16).contiguous() : p.a_all;
-  pack(wide.view(a), 0, rank_, 0, length_, width, packed_.data(), length_ * width);
+}  // namespace
+
+Operands::Operands(const Projections& p, const Panels& panels)
+    : p(p), panels(panels), a(panels.readable(p.a_all)), b(all_readable(p.b, panels)), s({0}),
+      dy({0}) {
+  for (int64_t i = 0; i < p.count(); ++i) {
+    s.push_back(s.back() + panels.length(p.rank(i)));
+    dy.push_back(dy.back() + panels.length(p.weight[i].size(0)));
+  }
+}
+
+namespace {
+
+// Packs scale_i s_i behind x; s is overwritten.
+void pack_scaled(
+    const Operands& o, float* s, int64_t ld, int64_t first, int64_t count, PackedRows& rows) {
+  for (int64_t i = 0; i < o.p.count(); ++i) {
+    const float scale = static_cast<float>(o.p.scale[i]);
+    float* s_i = s + o.p.r[i];
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t r = 0; r < o.p.rank(i); ++r) s_i[n * ld + r] *= scale;
+    }
+    o.panels.pack_tile(
+        s_i, ld, count, o.p.rank(i), rows.at(first, rows.wide + o.s[i]), rows.stride());
+  }
+}
+
+}  // namespace
+
+ColumnsOfS::ColumnsOfS(const Operands& o)
+    : o_(o), room_(round_up(o.p.rank(), kernels().column_panel)), packed_(room_ * o.x_length()) {
+  const int64_t width = kernels().column_panel, k = o.x_length();
+  pack(o.panels.view(o.a), 0, o.p.rank(), 0, k, width, packed_.data(), k * width);
 }
 
 void ColumnsOfS::multiply(
     const float* x, int64_t x_stride, float gain, int64_t first, int64_t count, PackedRows& rows,
     Tensor& s, int64_t row) const {
   const Kernels& table = kernels();
+  const int64_t k = o_.x_length();
   Buffer tile(TILE_ROWS * room_);
-  wide_.multiply(
+  o_.panels.multiply(
       x, ceil_div(count, table.row_panel), x_stride, packed_.data(), room_ / table.column_panel,
-      length_ * table.column_panel, length_, tile.data(), room_, false);
+      k * table.column_panel, k, tile.data(), room_, false);
   for (int64_t i = 0; i < count * room_; ++i) tile.data()[i] *= gain;
-  store_tile(tile.data(), room_, count, rank_, s, row, 0);
-  pack(
-      Matrix(tile.data(), count, rank_, room_), 0, count, 0, rank_, table.row_panel,
-      rows.at(first, rows.length), rows.stride());
+  store_tile(tile.data(), room_, count, o_.p.rank(), s, row, 0);
+  pack_scaled(o_, tile.data(), room_, first, count, rows);
 }
 
-ColumnsOfY::ColumnsOfY(const Wide& wide, const Projections& p, int64_t most)
-    : wide_(wide), p_(p),
-      packed_(most * (wide.length(p.weight[0].size(1)) + p.rank())), bias_(most) {}
+ColumnsOfY::ColumnsOfY(const Operands& o, int64_t most)
+    : o_(o), packed_(most * (o.x_length() + o.s.back())), bias_(most) {}
 
 void ColumnsOfY::pack(int64_t i, int64_t first, int64_t count) {
-  const int64_t width = kernels().column_panel, length = wide_.length(p_.weight[i].size(1));
+  const int64_t width = kernels().column_panel;
+  const int64_t wide = o_.x_length(), narrow = o_.panels.length(o_.p.rank(i));
   i_ = i;
   columns_ = count;
-  stride_ = (length + p_.rank(i)) * width;
+  stride_ = (wide + narrow) * width;
   cpu::pack(
-      wide_.view(p_.weight[i]), first, count, 0, length, width, packed_.data(), stride_);
+      o_.panels.view(o_.p.weight[i]), first, count, 0, wide, width, packed_.data(), stride_);
   cpu::pack(
-      Matrix(p_.b[i]).scaled(static_cast<float>(p_.scale[i])), first, count, 0, p_.rank(i), width,
-      packed_.data() + length * width, stride_);
-  if (!p_.bias.empty()) vector_to_float(p_.bias[i], first, count, bias_.data());
+      o_.panels.view(o_.b[i]), first, count, 0, narrow, width, packed_.data() + wide * width,
+      stride_);
+  if (!o_.p.bias.empty()) vector_to_float(o_.p.bias[i], first, count, bias_.data());
 }
 
 void ColumnsOfY::multiply(PackedRows& rows, int64_t first, int64_t count, float* tile) {
   const Kernels& table = kernels();
   const int64_t row_panels = ceil_div(count, table.row_panel);
   const int64_t column_panels = ceil_div(columns_, table.column_panel);
-  wide_.multiply(
-      rows.at(first), row_panels, rows.stride(), packed_.data(), column_panels, stride_,
-      rows.length, tile, TILE_COLUMNS, false);
-  table.multiply(
-      rows.at(first, rows.length + p_.r[i_]), row_panels, rows.stride(),
-      packed_.data() + rows.length * table.column_panel, column_panels, stride_, p_.rank(i_), tile,
-      TILE_COLUMNS, true);
-  if (p_.bias.empty()) return;
+  const int64_t narrow = o_.s[i_ + 1] - o_.s[i_];
+  auto product = [&](int64_t from, int64_t column, int64_t k, bool add) {
+    o_.panels.multiply(
+        rows.at(first, from), row_panels, rows.stride(),
+        packed_.data() + column * table.column_panel, column_panels, stride_, k, tile,
+        TILE_COLUMNS, add);
+  };
+  if (o_.panels.pairs && i_ == 0) {  // s_0 lies behind x; in float32 two sums round less than one
+    product(0, 0, rows.wide + narrow, false);
+  } else {
+    product(0, 0, rows.wide, false);
+    product(rows.wide + o_.s[i_], rows.wide, narrow, true);
+  }
+  if (o_.p.bias.empty()) return;
   for (int64_t n = 0; n < count; ++n) {
     table.accumulate(bias_.data(), columns_, tile + n * TILE_COLUMNS);
   }
 }
 
-ColumnsOfDs::ColumnsOfDs(const Wide& wide, const Projections& p) : wide_(wide), p_(p) {
+ColumnsOfDs::ColumnsOfDs(const Operands& o) : o_(o) {
   const int64_t width = kernels().column_panel;
-  for (int64_t i = 0; i < p.count(); ++i) {
-    const int64_t length = wide.length(p.weight[i].size(0));
-    packed_.emplace_back(round_up(p.rank(i), width) * length);
-    const Tensor b = wide.pairs ? p.b[i].to(at::kBFloat16).contiguous() : p.b[i];
-    wide.pack_columns(b, 0, p.rank(i), packed_.back().data(), length * width);
+  for (int64_t i = 0; i < o.p.count(); ++i) {
+    const int64_t k = o.dy[i + 1] - o.dy[i];
+    packed_.emplace_back(round_up(o.p.rank(i), width) * k);
+    o.panels.pack_columns(o.b[i], 0, o.p.rank(i), packed_.back().data(), k * width);
   }
 }
 
 void ColumnsOfDs::multiply(
-    int64_t first, int64_t count, PackedRows& rows, Tensor& ds, int64_t row) const {
+    float gain, int64_t first, int64_t count, PackedRows& rows, Tensor& ds, int64_t row) const {
   const Kernels& table = kernels();
-  int64_t start = 0;
-  for (int64_t i = 0; i < p_.count(); ++i) {
-    const int64_t length = wide_.length(p_.weight[i].size(0));
-    const int64_t room = round_up(p_.rank(i), table.column_panel);
+  const int64_t R = o_.p.rank();
+  Buffer all(count * R);
+  for (int64_t i = 0; i < o_.p.count(); ++i) {
+    const int64_t k = o_.dy[i + 1] - o_.dy[i], R_i = o_.p.rank(i);
+    const int64_t room = round_up(R_i, table.column_panel);
     Buffer tile(TILE_ROWS * room);
-    wide_.multiply(
-        rows.at(first, start), ceil_div(count, table.row_panel), rows.stride(), packed_[i].data(),
-        room / table.column_panel, length * table.column_panel, length, tile.data(), room, false);
-    const float factor = static_cast<float>(p_.scale[i]);
-    for (int64_t j = 0; j < count * room; ++j) tile.data()[j] *= factor;
-    store_tile(tile.data(), room, count, p_.rank(i), ds, row, p_.r[i]);
-    start += length;
+    o_.panels.multiply(
+        rows.at(first, o_.dy[i]), ceil_div(count, table.row_panel), rows.stride(),
+        packed_[i].data(), room / table.column_panel, k * table.column_panel, k, tile.data(), room,
+        false);
+    const float scale = static_cast<float>(o_.p.scale[i]);
+    for (int64_t n = 0; n < count; ++n) {
+      const float* from = tile.data() + n * room;
+      float* to = all.data() + n * R + o_.p.r[i];
+      for (int64_t r = 0; r < R_i; ++r) to[r] = scale * from[r];
+    }
   }
-  pack(
-      Matrix(ds), row, count, 0, p_.rank(), table.row_panel, rows.at(first, rows.length),
-      rows.stride());
+  store_tile(all.data(), R, count, R, ds, row, 0);
+  for (int64_t i = 0; i < count * R; ++i) all.data()[i] *= gain;
+  o_.panels.pack_tile(all.data(), R, count, R, rows.at(first, rows.wide), rows.stride());
 }
 
-ColumnsOfDx::ColumnsOfDx(
-    const Wide& wide, const Projections& p, const Dropout& dropout, int64_t most)
-    : wide_(wide), p_(p), dropout_(dropout),
-      packed_(most * (starts_of(wide, p).back() + p.rank())) {}
+ColumnsOfDx::ColumnsOfDx(const Operands& o, const Dropout& dropout, int64_t most)
+    : o_(o), dropout_(dropout), packed_(most * (o.dy.back() + o.ds_length())) {}
 
 void ColumnsOfDx::pack(int64_t first, int64_t count) {
   const int64_t width = kernels().column_panel;
-  const std::vector<int64_t> starts = starts_of(wide_, p_);
-  const int64_t stride = (starts.back() + p_.rank()) * width;
+  const int64_t stride = (o_.dy.back() + o_.ds_length()) * width;
   first_ = first;
   columns_ = count;
-  for (int64_t i = 0; i < p_.count(); ++i) {
-    wide_.pack_columns(p_.weight[i], first, count, packed_.data() + starts[i] * width, stride);
+  for (int64_t i = 0; i < o_.p.count(); ++i) {
+    o_.panels.pack_columns(
+        o_.p.weight[i], first, count, packed_.data() + o_.dy[i] * width, stride);
   }
-  cpu::pack(
-      Matrix(p_.a_all).t().scaled(dropout_.gain()), first, count, 0, p_.rank(), width,
-      packed_.data() + starts.back() * width, stride);
+  o_.panels.pack_columns(o_.a, first, count, packed_.data() + o_.dy.back() * width, stride);
 }
 
 void ColumnsOfDx::multiply(
     PackedRows& rows, int64_t first, int64_t count, int64_t row, float* tile) {
   const Kernels& table = kernels();
-  const int64_t row_panels = ceil_div(count, table.row_panel);
-  const int64_t column_panels = ceil_div(columns_, table.column_panel);
-  const int64_t stride = (rows.length + rows.rank) * table.column_panel;
-  table.multiply(
-      rows.at(first, rows.length), row_panels, rows.stride(),
-      packed_.data() + rows.length * table.column_panel, column_panels, stride, rows.rank, tile,
-      TILE_COLUMNS, false);
-  if (dropout_.active()) {
-    for (int64_t n = 0; n < count; ++n) {
-      dropout_.apply(
-          tile + n * TILE_COLUMNS, Dtype::float32, columns_, row + n, first_);
-    }
+  auto product = [&](int64_t from, int64_t k, bool add) {
+    o_.panels.multiply(
+        rows.at(first, from), ceil_div(count, table.row_panel), rows.stride(),
+        packed_.data() + from * table.column_panel, ceil_div(columns_, table.column_panel),
+        (rows.wide + rows.narrow) * table.column_panel, k, tile, TILE_COLUMNS, add);
+  };
+  if (o_.panels.pairs && !dropout_.active()) return product(0, rows.wide + rows.narrow, false);
+  product(rows.wide, rows.narrow, false);
+  for (int64_t n = 0; dropout_.active() && n < count; ++n) {
+    dropout_.apply(tile + n * TILE_COLUMNS, Dtype::float32, columns_, row + n, first_);
   }
-  wide_.multiply(
-      rows.at(first), row_panels, rows.stride(), packed_.data(), column_panels, stride,
-      rows.length, tile, TILE_COLUMNS, true);
+  product(0, rows.wide, true);
 }
 
 namespace {
@@ -336,46 +390,61 @@ Tensor drop_rows(const Tensor& x, const Dropout& dropout, int64_t first, int64_t
 }  // namespace
 
 void pack_x(
-    const Wide& wide, const Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
+    const Operands& o, const Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
     const Blocks& blocks, int64_t row, PackedRows& rows, Tensor& s) {
-  const int64_t L = rows.length, panel = kernels().row_panel;
+  const int64_t k = rows.wide, panel = kernels().row_panel;
   blocks.stretches([&](int64_t first, int64_t count) {
     const int64_t from = row + first;
-    pack(wide.view(x), from, count, 0, L, panel, rows.at(first), rows.stride());
+    pack(o.panels.view(x), from, count, 0, k, panel, rows.at(first), rows.stride());
     if (!dropout.active()) {
       columns.multiply(rows.at(first), rows.stride(), 1.0f, first, count, rows, s, from);
       return;
     }
     const Tensor dropped_rows = drop_rows(x, dropout, from, count);
-    Buffer input(TILE_ROWS * L);
-    pack(wide.view(dropped_rows), 0, count, 0, L, panel, input.data(), L * panel);
-    columns.multiply(input.data(), L * panel, dropout.gain(), first, count, rows, s, from);
+    Buffer input(TILE_ROWS * k);
+    pack(o.panels.view(dropped_rows), 0, count, 0, k, panel, input.data(), k * panel);
+    columns.multiply(input.data(), k * panel, dropout.gain(), first, count, rows, s, from);
+  });
+}
+
+void pack_x_again(
+    const Operands& o, const Tensor& x, const Tensor& s, const Blocks& blocks, int64_t row,
+    PackedRows& rows) {
+  const int64_t R = o.p.rank();
+  const Matrix from(s);
+  blocks.stretches([&](int64_t first, int64_t count) {
+    pack(
+        o.panels.view(x), row + first, count, 0, rows.wide, kernels().row_panel, rows.at(first),
+        rows.stride());
+    Buffer floats(count * R);
+    for (int64_t n = 0; n < count; ++n) {
+      kernels().to_float(
+          from.at(row + first + n, 0), from.dtype, from.column_stride, R, floats.data() + n * R);
+    }
+    pack_scaled(o, floats.data(), R, first, count, rows);
   });
 }
 
 void pack_dy(
-    const Wide& wide, TensorList dy, const ColumnsOfDs& columns, const Blocks& blocks,
-    int64_t row, PackedRows& rows, Tensor& ds) {
+    const Operands& o, TensorList dy, const Dropout& dropout, const ColumnsOfDs& columns,
+    const Blocks& blocks, int64_t row, PackedRows& rows, Tensor& ds) {
   blocks.stretches([&](int64_t first, int64_t count) {
-    int64_t start = 0;
-    for (const Tensor& dy_i : dy) {
-      const int64_t length = wide.length(dy_i.size(1));
+    for (size_t i = 0; i < dy.size(); ++i) {
       pack(
-          wide.view(dy_i), row + first, count, 0, length, kernels().row_panel,
-          rows.at(first, start), rows.stride());
-      start += length;
+          o.panels.view(dy[i]), row + first, count, 0, o.dy[i + 1] - o.dy[i], kernels().row_panel,
+          rows.at(first, o.dy[i]), rows.stride());
     }
-    columns.multiply(first, count, rows, ds, row + first);
+    columns.multiply(dropout.gain(), first, count, rows, ds, row + first);
   });
 }
 
 void write_y(
-    const Wide& wide, const Projections& p, PackedRows& rows, const Blocks& blocks, int64_t row,
+    const Operands& o, PackedRows& rows, const Blocks& blocks, int64_t row,
     std::vector<Tensor>& y) {
   std::vector<Tile> tiles;
-  for (int64_t i = 0; i < p.count(); ++i) add_tiles(i, y[i].size(1), TILE_COLUMNS, tiles);
+  for (int64_t i = 0; i < o.p.count(); ++i) add_tiles(i, y[i].size(1), TILE_COLUMNS, tiles);
   blocks.items(tiles, [&](int64_t begin, int64_t end) {
-    ColumnsOfY columns(wide, p, TILE_COLUMNS);
+    ColumnsOfY columns(o, TILE_COLUMNS);
     Buffer tile(TILE_ROWS * TILE_COLUMNS);
     int64_t packed_tile = -1;
     for (int64_t item = begin; item < end; ++item) {
@@ -393,12 +462,12 @@ void write_y(
 }
 
 void write_dx(
-    const Wide& wide, const Projections& p, const Dropout& dropout, PackedRows& rows,
-    const Blocks& blocks, int64_t row, Tensor& dx) {
+    const Operands& o, const Dropout& dropout, PackedRows& rows, const Blocks& blocks,
+    int64_t row, Tensor& dx) {
   std::vector<Tile> tiles;
   add_tiles(0, dx.size(1), TILE_COLUMNS, tiles);
   blocks.items(tiles, [&](int64_t begin, int64_t end) {
-    ColumnsOfDx columns(wide, p, dropout, TILE_COLUMNS);
+    ColumnsOfDx columns(o, dropout, TILE_COLUMNS);
     Buffer tile(TILE_ROWS * TILE_COLUMNS);
     int64_t packed_tile = -1;
     for (int64_t item = begin; item < end; ++item) {

@@ -2,10 +2,10 @@
 // lora_mlp.cpp are made of. The letters are those of AGENTS.md; i numbers projections of one input.
 //
 // The adapter is not a second product over y: its rank extends the inner dimension. Packed rows
-// are [x | s_0 | s_1 | ...], packed columns [weight_i | scale_i b_i], and one accumulator runs over
-// D and then over R_i. Backward likewise: rows [dy_0 | dy_1 | ... | ds], columns
-// [weight_0^T | weight_1^T | ... | a^T], the adapter's part first, so that the dropout mask can be
-// applied to it before the rest is added.
+// are [x | scale_0 s_0 | scale_1 s_1 | ...], packed columns [weight_i | b_i], and one accumulator
+// runs over D and then over R_i. Backward likewise: rows [dy_0 | dy_1 | ... | ds], columns
+// [weight_0^T | weight_1^T | ... | a^T]; with dropout the adapter's part first, so that its mask can
+// be applied before the rest is added.
 //
 // Where packing does not pay (few rows) or the library's products are the faster ones, they go to
 // ATen instead, with the adapter added to its result in place.
@@ -141,38 +141,60 @@ void parallel_by_columns(int64_t size, int64_t most, const Work& work) {
 // By tiles: packed operands
 // ------------------------------------------------------------------------------------------------
 
-// The wide products of one call, over D or O: float32 panels, or pairs of bfloat16 where the
-// processor multiplies those and the tensors can be read in pairs. The adapter's part is float32.
-struct Wide {
+// What the panels of one call hold: float32, or pairs of bfloat16 in the place of floats where the
+// processor multiplies those and the tensors can be read in pairs.
+struct Panels {
   const bool pairs;
 
-  explicit Wide(std::initializer_list<at::TensorList> operands);
+  // `operands` are the wide tensors.
+  explicit Panels(std::initializer_list<at::TensorList> operands);
 
   // Floats that `k` inner elements take in a panel.
   int64_t length(int64_t k) const { return pairs ? ceil_div(k, 2) : k; }
   Matrix view(const at::Tensor& t) const { return pairs ? pairs_of(Matrix(t)) : Matrix(t); }
+  // A small tensor as `view` can read it: where it has an odd column more, that is 0.
+  at::Tensor readable(const at::Tensor& t) const;
 
   // Columns first .. first + count of w (K, columns) as a right operand.
   void pack_columns(
       const at::Tensor& w, int64_t first, int64_t count, float* to, int64_t panel_stride) const;
+  // A tile of floats, `ld` between its rows, as inner elements of packed rows.
+  void pack_tile(
+      const float* tile, int64_t ld, int64_t rows, int64_t count, float* to,
+      int64_t panel_stride) const;
   void multiply(
       const float* rows, int64_t row_panels, int64_t row_panel_stride, const float* columns,
       int64_t column_panels, int64_t column_panel_stride, int64_t length, float* c, int64_t ldc,
       bool add) const;
 };
 
-// The packed rows of a group: `length` floats of a wide part, then `rank` of the adapters'.
+// Projections as panels are packed from them.
+struct Operands {
+  const Projections& p;
+  const Panels panels;
+  const at::Tensor a;               // (R, D)
+  const std::vector<at::Tensor> b;  // (O_i, R_i)
+  // Where s_i starts among the floats of a row's adapter part, and dy_i among those of its wide
+  // part; then the length of all.
+  std::vector<int64_t> s, dy;
+
+  Operands(const Projections& p, const Panels& panels);
+  int64_t x_length() const { return panels.length(p.weight[0].size(1)); }
+  int64_t ds_length() const { return panels.length(p.rank()); }
+};
+
+// The packed rows of a group: `wide` floats, then `narrow` ones of the adapters.
 class PackedRows {
  public:
-  const int64_t length, rank;
+  const int64_t wide, narrow;
 
-  PackedRows(int64_t rows, int64_t length, int64_t rank)
-      : length(length), rank(rank), buffer_(rows * (length + rank)) {}
+  PackedRows(int64_t rows, int64_t wide, int64_t narrow)
+      : wide(wide), narrow(narrow), buffer_(rows * (wide + narrow)) {}
   // From inner k of the panel that begins with `row`.
   float* at(int64_t row, int64_t k = 0) {
-    return buffer_.data() + row * (length + rank) + k * kernels().row_panel;
+    return buffer_.data() + row * (wide + narrow) + k * kernels().row_panel;
   }
-  int64_t stride() const { return (length + rank) * kernels().row_panel; }
+  int64_t stride() const { return (wide + narrow) * kernels().row_panel; }
 
  private:
   Buffer buffer_;
@@ -184,28 +206,28 @@ class PackedRows {
 // s = x a^T of all projections
 class ColumnsOfS {
  public:
-  ColumnsOfS(const Wide& wide, const Projections& p);
-  // From packed x, or dropped x without the gain, into `s` from row `row` on, and packed into rows.
+  explicit ColumnsOfS(const Operands& o);
+  // From packed x, or dropped x without the gain, into `s` from row `row` on; and scale_i s_i are
+  // packed into rows.
   void multiply(
       const float* x, int64_t x_stride, float gain, int64_t first, int64_t count,
       PackedRows& rows, at::Tensor& s, int64_t row) const;
 
  private:
-  const Wide wide_;
-  const int64_t rank_, room_, length_;
+  const Operands& o_;
+  const int64_t room_;
   Buffer packed_;
 };
 
-// Some columns of y_i = [x | s_i] [weight_i | scale_i b_i]^T + bias_i
+// Some columns of y_i = [x | scale_i s_i] [weight_i | b_i]^T + bias_i
 class ColumnsOfY {
  public:
-  ColumnsOfY(const Wide& wide, const Projections& p, int64_t most);
+  ColumnsOfY(const Operands& o, int64_t most);
   void pack(int64_t i, int64_t first, int64_t count);
   void multiply(PackedRows& rows, int64_t first, int64_t count, float* tile);
 
  private:
-  const Wide wide_;
-  const Projections& p_;
+  const Operands& o_;
   int64_t i_ = 0, columns_ = 0, stride_ = 0;
   Buffer packed_, bias_;
 };
@@ -213,51 +235,52 @@ class ColumnsOfY {
 // ds_i = scale_i dy_i b_i
 class ColumnsOfDs {
  public:
-  ColumnsOfDs(const Wide& wide, const Projections& p);
-  // From packed dy, into ds (float32) from row `row` on, and packed into rows.
+  explicit ColumnsOfDs(const Operands& o);
+  // From packed dy, into ds (float32) from row `row` on; times the gain they are packed into rows.
   void multiply(
-      int64_t first, int64_t count, PackedRows& rows, at::Tensor& ds, int64_t row) const;
+      float gain, int64_t first, int64_t count, PackedRows& rows, at::Tensor& ds,
+      int64_t row) const;
 
  private:
-  const Wide wide_;
-  const Projections& p_;
+  const Operands& o_;
   std::vector<Buffer> packed_;
 };
 
-// Some columns of dx = dropout'(ds a) + sum of dy_i weight_i
+// Some columns of dx = sum of dy_i weight_i + dropout'(ds a)
 class ColumnsOfDx {
  public:
-  ColumnsOfDx(const Wide& wide, const Projections& p, const Dropout& dropout, int64_t most);
+  ColumnsOfDx(const Operands& o, const Dropout& dropout, int64_t most);
   void pack(int64_t first, int64_t count);
   // row: the mask's row of `first`
   void multiply(PackedRows& rows, int64_t first, int64_t count, int64_t row, float* tile);
 
  private:
-  const Wide wide_;
-  const Projections& p_;
+  const Operands& o_;
   const Dropout& dropout_;
   int64_t first_ = 0, columns_ = 0;
   Buffer packed_;
 };
 
-// Where each dy_i starts among the floats of a packed row, and the length of all.
-std::vector<int64_t> starts_of(const Wide& wide, const Projections& p);
-
-// The rows of a group, from row `row` on, packed: [x | s] with s = dropout(x) a^T, which is stored
-// too; [dy | ds] with ds = scale dy b, likewise.
+// The rows of a group, from row `row` on, packed: [x | scale s] with s = dropout(x) a^T, which is
+// stored too; [dy | ds] with ds = scale dy b, likewise.
 void pack_x(
-    const Wide& wide, const at::Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
+    const Operands& o, const at::Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
     const Blocks& blocks, int64_t row, PackedRows& rows, at::Tensor& s);
 void pack_dy(
-    const Wide& wide, at::TensorList dy, const ColumnsOfDs& columns, const Blocks& blocks,
-    int64_t row, PackedRows& rows, at::Tensor& ds);
+    const Operands& o, at::TensorList dy, const Dropout& dropout, const ColumnsOfDs& columns,
+    const Blocks& blocks, int64_t row, PackedRows& rows, at::Tensor& ds);
+
+// [x | scale s] from an s that is there.
+void pack_x_again(
+    const Operands& o, const at::Tensor& x, const at::Tensor& s, const Blocks& blocks, int64_t row,
+    PackedRows& rows);
 
 // From them, these rows of y, or of dx.
 void write_y(
-    const Wide& wide, const Projections& p, PackedRows& rows, const Blocks& blocks, int64_t row,
+    const Operands& o, PackedRows& rows, const Blocks& blocks, int64_t row,
     std::vector<at::Tensor>& y);
 void write_dx(
-    const Wide& wide, const Projections& p, const Dropout& dropout, PackedRows& rows,
-    const Blocks& blocks, int64_t row, at::Tensor& dx);
+    const Operands& o, const Dropout& dropout, PackedRows& rows, const Blocks& blocks,
+    int64_t row, at::Tensor& dx);
 
 }  // namespace perl_kernels::cpu

@@ -36,19 +36,19 @@ std::tuple<Tensor, Tensor> backward_by_aten(
 std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
     const Tensor& x, const Projections& p, const Dropout& dropout) {
   const int64_t N = x.size(0);
-  const Wide wide({x, p.weight});
-  const int64_t L = wide.length(x.size(1));
+  const Operands o(p, Panels({x, p.weight}));
   std::vector<Tensor> y;
   for (const Tensor& w : p.weight) y.push_back(at::empty({N, w.size(0)}, x.options()));
   Tensor s = at::empty({N, p.rank()}, x.options());
 
-  const ColumnsOfS columns_of_s(wide, p);
-  const int64_t at_once = rows_at_once(N, (L + p.rank()) * sizeof(float), PACKED_BYTES);
-  PackedRows rows(at_once, L, p.rank());
+  const ColumnsOfS columns_of_s(o);
+  const int64_t bytes = (o.x_length() + o.s.back()) * sizeof(float);
+  const int64_t at_once = rows_at_once(N, bytes, PACKED_BYTES);
+  PackedRows rows(at_once, o.x_length(), o.s.back());
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-    pack_x(wide, x, dropout, columns_of_s, blocks, group, rows, s);
-    write_y(wide, p, rows, blocks, group, y);
+    pack_x(o, x, dropout, columns_of_s, blocks, group, rows, s);
+    write_y(o, rows, blocks, group, y);
   }
   return {y, s};
 }
@@ -57,18 +57,18 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_tiles(
 std::tuple<Tensor, Tensor> backward_by_tiles(
     TensorList dy, const Tensor& x, const Projections& p, const Dropout& dropout, bool need_dx) {
   const int64_t N = x.size(0);
-  const Wide wide({dy, p.weight});
-  const int64_t L = starts_of(wide, p).back();
+  const Operands o(p, Panels({dy, p.weight}));
   Tensor dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
   Tensor ds = at::empty({N, p.rank()}, x.options().dtype(at::kFloat));
 
-  const ColumnsOfDs columns_of_ds(wide, p);
-  const int64_t at_once = rows_at_once(N, (L + p.rank()) * sizeof(float), PACKED_BYTES);
-  PackedRows rows(at_once, L, p.rank());
+  const ColumnsOfDs columns_of_ds(o);
+  const int64_t bytes = (o.dy.back() + o.ds_length()) * sizeof(float);
+  const int64_t at_once = rows_at_once(N, bytes, PACKED_BYTES);
+  PackedRows rows(at_once, o.dy.back(), o.ds_length());
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-    pack_dy(wide, dy, columns_of_ds, blocks, group, rows, ds);
-    if (need_dx) write_dx(wide, p, dropout, rows, blocks, group, dx);
+    pack_dy(o, dy, dropout, columns_of_ds, blocks, group, rows, ds);
+    if (need_dx) write_dx(o, dropout, rows, blocks, group, dx);
   }
   return {ds, dx};
 }

@@ -20,6 +20,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+constexpr int64_t GROUP_BYTES = int64_t{16} << 20;  // of what a group of rows needs at once
+
 struct Block {
   const Projections in, down;  // gate and up ; down
   const Activation activation;
@@ -93,7 +95,7 @@ void each_row(
 void forward_by_aten(const Tensor& x, const Block& block, Kept& kept, Tensor& y) {
   const int64_t N = x.size(0), F = block.features();
   const bool keeps = !kept.gate_up.empty();
-  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), PACKED_BYTES);
+  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), GROUP_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -119,7 +121,7 @@ void backward_by_aten(
     const Tensor& dy, const Tensor& x, const Block& block, const Kept& kept, const Needs& needs,
     Gradients& g, Tensor& dx) {
   const int64_t N = x.size(0), F = block.features();
-  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), PACKED_BYTES);
+  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), GROUP_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -163,110 +165,169 @@ void backward_by_aten(
 // By tiles
 // ------------------------------------------------------------------------------------------------
 
-// Float tiles of one thread; TILE_COLUMNS between their rows.
-struct Tiles {
-  Buffer gate{TILE_ROWS * TILE_COLUMNS}, up{TILE_ROWS * TILE_COLUMNS}, h{TILE_ROWS * TILE_COLUMNS};
-  Buffer scratch{TILE_ROWS * TILE_COLUMNS};
+// A float tile of one thread, TILE_COLUMNS between its rows; and the same rounded, where panels
+// hold pairs of bfloat16.
+class TileOut {
+ public:
+  explicit TileOut(const Panels& panels)
+      : panels_(panels), floats_(TILE_ROWS * TILE_COLUMNS),
+        rounded_(panels.pairs ? TILE_ROWS * TILE_COLUMNS / 2 : 0) {}
+  float* row(int64_t n) { return floats_.data() + n * TILE_COLUMNS; }
 
-  // Packs rows of a tile as a wide part of packed rows, rounded where that is in pairs.
-  void pack_rows(
-      const Wide& wide, const Buffer& tile, int64_t n, int64_t count, float* to, int64_t stride) {
-    const Kernels& table = kernels();
-    Matrix view(tile.data(), n, count, TILE_COLUMNS);
-    if (wide.pairs) {
-      for (int64_t row = 0; row < n; ++row) {
-        table.from_float(
-            tile.data() + row * TILE_COLUMNS, count, Dtype::bfloat16,
-            scratch.data() + row * (TILE_COLUMNS / 2));
-      }
-      view = Matrix(scratch.data(), n, count / 2, TILE_COLUMNS / 2);
+  // Says that `n` rows of `count` columns are done.
+  void finish(int64_t n, int64_t count) {
+    n_ = n;
+    count_ = count;
+    if (!panels_.pairs) return;
+    for (int64_t i = 0; i < n; ++i) {
+      kernels().from_float(row(i), count, Dtype::bfloat16, rounded(i));
     }
-    pack(view, 0, n, 0, view.columns, table.row_panel, to, stride);
   }
 
-  // sums (R, F) from column `column` on += small^T tile, for packed rows of `small` at any panel.
-  void add_product(
-      const float* small, int64_t stride, const Buffer& tile, int64_t n, int64_t count,
-      int64_t column, Tensor& sums) {
+  // As inner elements of packed rows.
+  void pack_rows(float* to, int64_t stride) {
+    const Matrix view = panels_.pairs
+        ? Matrix(rounded_.data(), n_, TILE_COLUMNS / 2, TILE_COLUMNS / 2)
+        : Matrix(floats_.data(), n_, TILE_COLUMNS, TILE_COLUMNS);
+    pack(view, 0, n_, 0, panels_.length(count_), kernels().row_panel, to, stride);
+  }
+
+  // sums (R, F), from column `column` on, += left^T tile.
+  void add_to(const float* left, int64_t left_stride, int64_t column, Tensor& sums) {
     const Kernels& table = kernels();
-    const int64_t R = sums.size(0), F = sums.size(1);
-    Buffer part(R * TILE_COLUMNS);
-    std::fill(part.data(), part.data() + R * TILE_COLUMNS, 0.0f);
-    for (int64_t row = 0; row < n; row += table.row_panel, small += stride) {
-      table.outer(
-          small, R, tile.data() + row * TILE_COLUMNS, TILE_COLUMNS, count, part.data(),
-          TILE_COLUMNS);
+    const int64_t R = sums.size(0), room = round_up(R, table.row_panel);
+    const int64_t width = round_up(count_, table.column_panel);
+    Buffer part(room * width);
+    if (panels_.pairs) {
+      const int64_t pairs = ceil_div(n_, 2), stride = pairs * table.column_panel;
+      Buffer right(width * pairs);
+      pack_pairs_of_rows(
+          Matrix(rounded(0), n_, TILE_COLUMNS), 0, count_, 0, n_, table.column_panel,
+          right.data(), stride);
+      table.multiply_pairs(
+          left, room / table.row_panel, left_stride, right.data(), width / table.column_panel,
+          stride, pairs, part.data(), width, false);
+    } else {
+      // rows up to the end of a panel count with a left operand of 0
+      std::fill(row(n_), row(round_up(n_, table.row_panel)), 0.0f);
+      std::fill(part.data(), part.data() + R * width, 0.0f);
+      for (int64_t n = 0; n < n_; n += table.row_panel, left += left_stride) {
+        table.outer(left, R, row(n), TILE_COLUMNS, count_, part.data(), width);
+      }
     }
     float* to = sums.mutable_data_ptr<float>() + column;
     for (int64_t r = 0; r < R; ++r) {
-      table.accumulate(part.data() + r * TILE_COLUMNS, count, to + r * F);
+      table.accumulate(part.data() + r * width, count_, to + r * sums.size(1));
     }
   }
 
-  // The same for a column of ones.
-  void add_rows(const Buffer& tile, int64_t n, int64_t count, int64_t column, Tensor& sums) {
-    const Kernels& table = kernels();
-    float* part = scratch.data();
-    std::fill(part, part + count, 0.0f);
-    for (int64_t row = 0; row < n; ++row) {
-      table.accumulate(tile.data() + row * TILE_COLUMNS, count, part);
+  // sums (F,) likewise += the sum of the tile's rows, a few at a time: short sums round less.
+  void add_rows_to(int64_t column, Tensor& sums) {
+    constexpr int64_t FEW = 12;
+    Buffer part(count_), few(count_);
+    std::fill(part.data(), part.data() + count_, 0.0f);
+    for (int64_t first = 0; first < n_; first += FEW) {
+      std::fill(few.data(), few.data() + count_, 0.0f);
+      for (int64_t n = first; n < std::min(first + FEW, n_); ++n) {
+        kernels().accumulate(row(n), count_, few.data());
+      }
+      kernels().accumulate(few.data(), count_, part.data());
     }
-    table.accumulate(part, count, sums.mutable_data_ptr<float>() + column);
+    kernels().accumulate(part.data(), count_, sums.mutable_data_ptr<float>() + column);
   }
+
+ private:
+  at::BFloat16* rounded(int64_t n) {
+    return reinterpret_cast<at::BFloat16*>(rounded_.data()) + n * TILE_COLUMNS;
+  }
+
+  const Panels& panels_;
+  int64_t n_ = 0, count_ = 0;
+  Buffer floats_, rounded_;
+};
+
+// A thin (n, R) of a group, packed as the left operand of sums over its rows.
+class Left {
+ public:
+  Left(const Panels& panels, int64_t rows, int64_t columns)
+      : pairs_(panels.pairs), columns_(columns),
+        packed_(
+            pairs_ ? length_of_left_pairs(rows, columns)
+                   : round_up(rows, kernels().row_panel) * columns) {}
+
+  void pack(const Tensor& thin) {
+    const int64_t n = thin.size(0), panel = kernels().row_panel;
+    stride_ = pairs_ ? ceil_div(n, 2) * panel : columns_ * panel;
+    if (pairs_) return pack_left_pairs(Matrix(thin), packed_.data());
+    cpu::pack(Matrix(thin), 0, n, 0, columns_, panel, packed_.data(), stride_);
+  }
+
+  // From row `first` on, which begins a panel.
+  const float* at(int64_t first) const {
+    return packed_.data() + (pairs_ ? first / 2 * kernels().row_panel : first * columns_);
+  }
+  int64_t stride() const { return stride_; }
+
+ private:
+  const bool pairs_;
+  const int64_t columns_;
+  int64_t stride_ = 0;
+  Buffer packed_;
 };
 
 void forward_by_tiles(const Tensor& x, const Block& block, Kept& kept, Tensor& y) {
   const Kernels& table = kernels();
   const int64_t N = x.size(0), F = block.features();
-  const Wide wide({x, block.in.weight, block.down.weight});
-  const int64_t L = wide.length(x.size(1)), L_h = wide.length(F);
+  const Panels panels({x, block.in.weight, block.down.weight});
+  const Operands in(block.in, panels), down(block.down, panels);
   const bool drops = block.drop_h.active();
-  const ColumnsOfS columns_of_s(wide, block.in), columns_of_s_down(wide, block.down);
+  const ColumnsOfS columns_of_s(in), columns_of_s_down(down);
   std::vector<Tile> tiles;
   add_tiles(0, F, TILE_COLUMNS, tiles);
   std::vector<Tensor> outputs = {y};
 
-  const int64_t floats = L + block.in.rank() + L_h * (drops ? 2 : 1) + block.down.rank();
-  const int64_t at_once = rows_at_once(N, floats * sizeof(float), PACKED_BYTES);
-  PackedRows x_rows(at_once, L, block.in.rank()), h_rows(at_once, L_h, block.down.rank());
+  const int64_t L_h = down.x_length();
+  const int64_t floats = in.x_length() + in.s.back() + L_h * (drops ? 2 : 1) + down.s.back();
+  const int64_t at_once = rows_at_once(N, floats * sizeof(float), GROUP_BYTES);
+  PackedRows x_rows(at_once, in.x_length(), in.s.back()), h_rows(at_once, L_h, down.s.back());
   PackedRows dropped_rows(drops ? at_once : 0, L_h, 0);
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-    pack_x(wide, x, block.drop_x, columns_of_s, blocks, group, x_rows, kept.s);
+    pack_x(in, x, block.drop_x, columns_of_s, blocks, group, x_rows, kept.s);
 
     blocks.items(tiles, [&](int64_t begin, int64_t end) {
-      ColumnsOfY gate(wide, block.in, TILE_COLUMNS), up(wide, block.in, TILE_COLUMNS);
-      Tiles t;
+      ColumnsOfY gate_columns(in, TILE_COLUMNS), up_columns(in, TILE_COLUMNS);
+      Buffer gate(TILE_ROWS * TILE_COLUMNS), up(TILE_ROWS * TILE_COLUMNS);
+      TileOut h(panels);
       int64_t packed_tile = -1;
       for (int64_t item = begin; item < end; ++item) {
         const auto [_, column, count] = tiles[item / blocks.count];
         if (packed_tile != item / blocks.count) {
           packed_tile = item / blocks.count;
-          gate.pack(0, column, count);
-          up.pack(1, column, count);
+          gate_columns.pack(0, column, count);
+          up_columns.pack(1, column, count);
         }
-        const int64_t first = item % blocks.count * blocks.size;
+        const int64_t first = item % blocks.count * blocks.size, row = group + first;
         const int64_t n = blocks.rows_of(item % blocks.count);
-        gate.multiply(x_rows, first, n, t.gate.data());
-        up.multiply(x_rows, first, n, t.up.data());
+        gate_columns.multiply(x_rows, first, n, gate.data());
+        up_columns.multiply(x_rows, first, n, up.data());
         if (!kept.gate_up.empty()) {
-          store_tile(
-              t.gate.data(), TILE_COLUMNS, n, count, kept.gate_up[0], group + first, column);
-          store_tile(t.up.data(), TILE_COLUMNS, n, count, kept.gate_up[1], group + first, column);
+          store_tile(gate.data(), TILE_COLUMNS, n, count, kept.gate_up[0], row, column);
+          store_tile(up.data(), TILE_COLUMNS, n, count, kept.gate_up[1], row, column);
         }
-        for (int64_t row = 0; row < n; ++row) {
-          const int64_t at = row * TILE_COLUMNS;
-          table.gated(
-              t.gate.data() + at, t.up.data() + at, count, block.activation, t.h.data() + at);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = i * TILE_COLUMNS;
+          table.gated(gate.data() + at, up.data() + at, count, block.activation, h.row(i));
         }
-        const int64_t k = wide.length(column);
-        t.pack_rows(wide, t.h, n, count, h_rows.at(first, k), h_rows.stride());
+        const int64_t k = panels.length(column);
+        h.finish(n, count);
+        h.pack_rows(h_rows.at(first, k), h_rows.stride());
         if (!drops) continue;
-        for (int64_t row = 0; row < n; ++row) {
-          block.drop_h.apply(
-              t.h.data() + row * TILE_COLUMNS, Dtype::float32, count, group + first + row, column);
+        for (int64_t i = 0; i < n; ++i) {
+          block.drop_h.apply(h.row(i), Dtype::float32, count, row + i, column);
         }
-        t.pack_rows(wide, t.h, n, count, dropped_rows.at(first, k), dropped_rows.stride());
+        h.finish(n, count);
+        h.pack_rows(dropped_rows.at(first, k), dropped_rows.stride());
       }
     });
 
@@ -276,21 +337,15 @@ void forward_by_tiles(const Tensor& x, const Block& block, Kept& kept, Tensor& y
           input.at(first), input.stride(), block.drop_h.gain(), first, count, h_rows, kept.s_down,
           group + first);
     });
-    write_y(wide, block.down, h_rows, blocks, group, outputs);
+    write_y(down, h_rows, blocks, group, outputs);
   }
 }
 
-// Rows of t as a tile of floats; rows after the last, up to the end of its panel, are 0.
-void load_tile(
-    const Tensor& t, int64_t row, int64_t n, int64_t column, int64_t count, Buffer& tile) {
-  const Kernels& table = kernels();
-  const Matrix view(t);
+// Rows of t as a tile of floats.
+void load_tile(const Matrix& t, int64_t row, int64_t n, int64_t column, int64_t count, TileOut& to) {
   for (int64_t i = 0; i < n; ++i) {
-    table.to_float(
-        view.at(row + i, column), view.dtype, 1, count, tile.data() + i * TILE_COLUMNS);
+    kernels().to_float(t.at(row + i, column), t.dtype, 1, count, to.row(i));
   }
-  const int64_t end = round_up(n, table.row_panel) * TILE_COLUMNS;
-  std::fill(tile.data() + n * TILE_COLUMNS, tile.data() + end, 0.0f);
 }
 
 void backward_by_tiles(
@@ -299,82 +354,73 @@ void backward_by_tiles(
   const Kernels& table = kernels();
   const int64_t N = x.size(0), F = block.features();
   const bool recomputes = kept.gate_up.empty();
-  const Wide wide({dy, x, block.in.weight, block.down.weight});
-  const ColumnsOfDs columns_of_ds_down(wide, block.down), columns_of_ds(wide, block.in);
-  const int64_t L_dy = wide.length(dy.size(1)), L_h = wide.length(F);
-  const int64_t L = recomputes ? wide.length(x.size(1)) : 0;
+  const Panels panels({dy, x, block.in.weight, block.down.weight});
+  const Operands in(block.in, panels), down(block.down, panels);
+  const ColumnsOfDs columns_of_ds(in), columns_of_ds_down(down);
 
-  const int64_t floats = L_dy + block.down.rank() + L + 2 * L_h + 2 * block.in.rank();
-  const int64_t at_once = rows_at_once(N, floats * sizeof(float), PACKED_BYTES);
-  PackedRows dy_rows(at_once, L_dy, block.down.rank());
-  PackedRows x_rows(at_once, L, block.in.rank());
-  PackedRows d_rows(at_once, 2 * L_h, block.in.rank());  // [dgate | dup | ds]
+  const int64_t L_dy = down.dy.back(), L_x = recomputes ? in.x_length() + in.s.back() : 0;
+  const int64_t floats = L_dy + down.ds_length() + L_x + in.dy.back() + in.ds_length();
+  const int64_t at_once = rows_at_once(N, floats * sizeof(float), GROUP_BYTES);
+  PackedRows dy_rows(at_once, L_dy, down.ds_length());
+  PackedRows x_rows(recomputes ? at_once : 0, in.x_length(), in.s.back());
+  PackedRows d_rows(at_once, in.dy.back(), in.ds_length());  // [dgate | dup | ds]
+  Left ds_down(panels, at_once, block.down.rank());
+  Left s[2] = {{panels, at_once, block.in.rank(0)}, {panels, at_once, block.in.rank(1)}};
   for (int64_t group = 0; group < N; group += at_once) {
     const Blocks blocks(std::min(at_once, N - group));
-    pack_dy(wide, {dy}, columns_of_ds_down, blocks, group, dy_rows, g.ds_down);
-    blocks.stretches([&](int64_t first, int64_t count) {
-      const int64_t row = group + first;
-      pack(wide.view(x), row, count, 0, L, table.row_panel, x_rows.at(first), x_rows.stride());
-      pack(
-          Matrix(kept.s), row, count, 0, block.in.rank(), table.row_panel, x_rows.at(first, L),
-          x_rows.stride());
-    });
+    auto rows = [&](const Tensor& t) { return t.slice(0, group, group + blocks.rows); };
+    pack_dy(down, {dy}, block.drop_h, columns_of_ds_down, blocks, group, dy_rows, g.ds_down);
+    if (recomputes) pack_x_again(in, x, kept.s, blocks, group, x_rows);
+    if (needs.dab) {
+      ds_down.pack(rows(g.ds_down));
+      for (int64_t i = 0; i < 2; ++i) s[i].pack(block.in.part(rows(kept.s), i));
+    }
 
     parallel_by_columns(F, TILE_COLUMNS, [&](const std::vector<Tile>& tiles) {
-      ColumnsOfDx dh(wide, block.down, block.drop_h, TILE_COLUMNS);
+      ColumnsOfDx dh_columns(down, block.drop_h, TILE_COLUMNS);
       const int64_t again = recomputes ? TILE_COLUMNS : 0;
-      ColumnsOfY gate(wide, block.in, again), up(wide, block.in, again);
-      Tiles t;
+      ColumnsOfY gate_columns(in, again), up_columns(in, again);
+      TileOut d[2] = {TileOut(panels), TileOut(panels)}, h(panels);
       for (const auto [_, column, count] : tiles) {
-        dh.pack(column, count);
+        dh_columns.pack(column, count);
         if (recomputes) {
-          gate.pack(0, column, count);
-          up.pack(1, column, count);
+          gate_columns.pack(0, column, count);
+          up_columns.pack(1, column, count);
         }
         for (int64_t first = 0; first < blocks.rows; first += blocks.size) {
           const int64_t n = std::min(blocks.size, blocks.rows - first), row = group + first;
-          dh.multiply(dy_rows, first, n, row, t.h.data());
+          dh_columns.multiply(dy_rows, first, n, row, h.row(0));
           if (recomputes) {
-            gate.multiply(x_rows, first, n, t.gate.data());
-            up.multiply(x_rows, first, n, t.up.data());
+            gate_columns.multiply(x_rows, first, n, d[0].row(0));
+            up_columns.multiply(x_rows, first, n, d[1].row(0));
           } else {
-            load_tile(kept.gate_up[0], row, n, column, count, t.gate);
-            load_tile(kept.gate_up[1], row, n, column, count, t.up);
+            load_tile(Matrix(kept.gate_up[0]), row, n, column, count, d[0]);
+            load_tile(Matrix(kept.gate_up[1]), row, n, column, count, d[1]);
           }
           for (int64_t i = 0; i < n; ++i) {
-            const int64_t at = i * TILE_COLUMNS;
-            table.gated_gradient(
-                t.gate.data() + at, t.up.data() + at, t.h.data() + at, count, block.activation);
+            table.gated_gradient(d[0].row(i), d[1].row(i), h.row(i), count, block.activation);
           }
-          const int64_t k = wide.length(column);
-          t.pack_rows(wide, t.gate, n, count, d_rows.at(first, k), d_rows.stride());
-          t.pack_rows(wide, t.up, n, count, d_rows.at(first, L_h + k), d_rows.stride());
-          if (needs.dbias) {
-            t.add_rows(t.gate, n, count, column, g.dbias[0]);
-            t.add_rows(t.up, n, count, column, g.dbias[1]);
+          for (int64_t i = 0; i < 2; ++i) {
+            d[i].finish(n, count);
+            d[i].pack_rows(
+                d_rows.at(first, in.dy[i] + panels.length(column)), d_rows.stride());
+            if (needs.dab) d[i].add_to(s[i].at(first), s[i].stride(), column, g.db[i]);
+            if (needs.dbias) d[i].add_rows_to(column, g.dbias[i]);
           }
           if (!needs.dab) continue;
-          if (block.drop_h.active()) {
-            for (int64_t i = 0; i < n; ++i) {
-              block.drop_h.apply(
-                    t.h.data() + i * TILE_COLUMNS, Dtype::float32, count, row + i, column);
-            }
+          for (int64_t i = 0; block.drop_h.active() && i < n; ++i) {
+            block.drop_h.apply(h.row(i), Dtype::float32, count, row + i, column);
           }
-          t.add_product(
-              dy_rows.at(first, L_dy), dy_rows.stride(), t.h, n, count, column, g.da_down);
-          t.add_product(
-              x_rows.at(first, L), x_rows.stride(), t.gate, n, count, column, g.db[0]);
-          t.add_product(
-              x_rows.at(first, L + block.in.r[1]), x_rows.stride(), t.up, n, count, column,
-              g.db[1]);
+          h.finish(n, count);
+          h.add_to(ds_down.at(first), ds_down.stride(), column, g.da_down);
         }
       }
     });
 
     blocks.stretches([&](int64_t first, int64_t count) {
-      columns_of_ds.multiply(first, count, d_rows, g.ds, group + first);
+      columns_of_ds.multiply(block.drop_x.gain(), first, count, d_rows, g.ds, group + first);
     });
-    if (needs.dx) write_dx(wide, block.in, block.drop_x, d_rows, blocks, group, dx);
+    if (needs.dx) write_dx(in, block.drop_x, d_rows, blocks, group, dx);
   }
 }
 

@@ -238,6 +238,26 @@ void pack(
   along_p(m, p, p_count, k, k_count, to, panel_stride);
 }
 
+int64_t length_of_left_pairs(int64_t rows, int64_t columns) {
+  return round_up(columns, kernels().row_panel) * ceil_div(rows, 2);
+}
+
+void pack_left_pairs(const Matrix& small, float* to) {
+  const Kernels& table = kernels();
+  const int64_t N = small.rows, R = small.columns;
+  Buffer rounded(ceil_div(N * R, 2));
+  at::BFloat16* rows = reinterpret_cast<at::BFloat16*>(rounded.data());
+  at::parallel_for(0, N, 256, [&](int64_t begin, int64_t end) {
+    Buffer row(R);
+    for (int64_t n = begin; n < end; ++n) {
+      table.to_float(small.at(n, 0), small.dtype, small.column_stride, R, row.data());
+      table.from_float(row.data(), R, Dtype::bfloat16, rows + n * R);
+    }
+  });
+  pack_pairs_of_rows(
+      Matrix(rows, N, R), 0, R, 0, N, table.row_panel, to, ceil_div(N, 2) * table.row_panel);
+}
+
 namespace {
 
 // The same where big is bfloat16, contiguous in columns, and the processor multiplies pairs of it.
@@ -250,18 +270,9 @@ void transposed_product_of_pairs(
       even_share(ceil_div(C, at::get_num_threads()), TILE_COLUMNS, table.column_panel);
   const int64_t row_panels = ceil_div(R, table.row_panel);
 
-  Buffer rounded(ceil_div(N * R, 2)), packed(row_panels * table.row_panel * ceil_div(N, 2));
-  at::BFloat16* rows = reinterpret_cast<at::BFloat16*>(rounded.data());
-  at::parallel_for(0, N, 256, [&](int64_t begin, int64_t end) {
-    Buffer row(R);
-    for (int64_t n = begin; n < end; ++n) {
-      table.to_float(small.at(n, 0), small.dtype, small.column_stride, R, row.data());
-      table.from_float(row.data(), R, Dtype::bfloat16, rows + n * R);
-    }
-  });
-  const Matrix left(rows, N, R);
+  Buffer packed(length_of_left_pairs(N, R));
+  pack_left_pairs(small, packed.data());
   const int64_t left_stride = ceil_div(N, 2) * table.row_panel;
-  pack_pairs_of_rows(left, 0, R, 0, N, table.row_panel, packed.data(), left_stride);
 
   at::parallel_for(0, ceil_div(C, tile_columns), 1, [&](int64_t begin, int64_t end) {
     Buffer columns_packed(tile_columns * ROWS_AT_ONCE / 2);

@@ -125,6 +125,11 @@ void pack(
     const Matrix& m, int64_t p, int64_t p_count, int64_t k, int64_t k_count, int64_t width,
     float* to, int64_t panel_stride);
 
+// small (N, R), rounded to bfloat16, as the left operand of small^T big in pairs of rows: panels of
+// R of ceil(N / 2) pairs, `length_of_left_pairs` floats.
+int64_t length_of_left_pairs(int64_t rows, int64_t columns);
+void pack_left_pairs(const Matrix& small, float* to);
+
 // out (R, C) = alpha * small (N, R)^T big (N, C), rounded once; big is read once. In pairs, small is
 // rounded to bfloat16 first.
 void transposed_product(const Matrix& small, const Matrix& big, float alpha, at::Tensor& out);
