@@ -646,21 +646,14 @@ float transform(float* z, const float* bias, int64_t n, float temperature, float
     for (int64_t i = 0; i < n; ++i) z[i] += bias[i];
   }
   for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
-  Floats most = all(LOWEST);
-  for (int64_t i = 0; i < n; i += W) {
-    Floats v = load(z + i);
-    if (softcap > 0.0f) {
-      v = tanh(v / softcap);
-    } else if (temperature != 1.0f) {
-      v = v / temperature;
-    }
-    store(z + i, v);
-    if (i + W <= n) most = larger(v, most);
-  }
   if (softcap > 0.0f) {
+    for (int64_t i = 0; i < n; i += W) store(z + i, tanh(load(z + i) / softcap));
     for (int64_t i = n; i < padded(n); ++i) z[i] = -INFINITE;
+  } else if (temperature != 1.0f) {
+    for (int64_t i = 0; i < n; i += W) store(z + i, load(z + i) / temperature);
   }
-  if (n % W != 0) most = larger(load(z + padded(n) - W), most);
+  Floats most = all(LOWEST);
+  for (int64_t i = 0; i < n; i += W) most = larger(load(z + i), most);
   return largest_of(most) * logit_unit(temperature, softcap);
 }
 

@@ -28,24 +28,23 @@ struct RowState {
     const Kernels& table = kernels();
     const bool inside = target >= 0 && target < n;
     const float unit = logit_unit(temperature, softcap);
-    RowState tile;
     double sums[4] = {0, 0, 0, 0};
-    tile.m = std::max(m, double{table.transform(z, bias, n, temperature, softcap)});
+    const float most = table.transform(z, bias, n, temperature, softcap);
+    const float most_q =
+        zq == nullptr ? 0.0f : table.transform(zq, bias, n, temperature, softcap);
+    move_to(std::max(m, double{most}), zq == nullptr ? mq : std::max(mq, double{most_q}));
     if (zq != nullptr) {
-      tile.mq = std::max(mq, double{table.transform(zq, bias, n, temperature, softcap)});
       table.fold_pair(
-          z, zq, n, static_cast<float>(tile.m), static_cast<float>(tile.mq), unit,
-          sums);
+          z, zq, n, static_cast<float>(m), static_cast<float>(mq), unit, sums);
       if (inside) tq = zq[target] * unit;
     } else {
-      table.fold(z, n, static_cast<float>(tile.m), unit, sums);
+      table.fold(z, n, static_cast<float>(m), unit, sums);
     }
     if (inside) t = z[target] * unit;
-    tile.l = sums[0];
-    tile.u = sums[1];
-    tile.lq = sums[2];
-    tile.d = sums[3];
-    merge(tile);
+    l += sums[0];
+    u += sums[1];
+    lq += sums[2];
+    d += sums[3];
   }
 
   // Add the columns of another state; its target is not looked at.
