@@ -110,6 +110,12 @@ missing: dict[str, str] = {
     "cuda": _load_extension("_cuda") if torch.cuda.is_available() else "no GPU is visible to torch",
 }
 _warned = False
+# pk.lora_linear's plain case in one step, or None for arguments that want checking or casting
+lora_linear_in_cpp: Callable[..., Tensor | tuple[Tensor, ...] | None] = (
+    (lambda *arguments: None)
+    if missing["cpu"]
+    else importlib.import_module("perl_kernels._cpu").lora_linear
+)
 
 
 def _say_once_what_is_missing(device: str) -> None:

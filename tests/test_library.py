@@ -8,6 +8,7 @@ import torch
 
 import perl_kernels as pk
 from perl_kernels import _library
+from perl_kernels.lora_linear import reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,3 +142,31 @@ def test_import_does_not_need_triton():
         "print(pk.linear_log_prob(torch.ones(1, 2), torch.ones(4, 2), t).item())"
     )
     assert found.returncode == 0 and found.stdout.startswith("-1.386"), found.stderr
+
+
+def test_the_plain_case_is_one_step_from_python():
+    """Tensor for tensor, tuple for sequences; None for all that Python has to check or cast."""
+    if _library.missing["cpu"]:
+        pytest.skip(_library.missing["cpu"])
+    call = _library.lora_linear_in_cpp
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    a, b = torch.randn(4, 8, requires_grad=True), torch.randn(5, 4)
+    expected = reference.lora_linear(x, weight, a, b, bias=bias, scale=0.5)
+    y = call(x, weight, a, b, bias, 0.5)
+    torch.testing.assert_close(y, expected)
+    assert y.requires_grad
+    both = call(x[0], [weight, weight], [a, a], (b, b), None, [0.5, 2.0])
+    assert isinstance(both, tuple) and [t.shape for t in both] == [(3, 5)] * 2
+    plain = (x, weight, a, b, bias, 0.5)
+    wanting = [
+        (0, None), (0, x.bfloat16()), (0, x[..., :7]), (0, torch.tensor(1.0)), (0, x.int()),
+        (0, x.as_subclass(type("Other", (torch.Tensor,), {}))), (1, weight.clone().requires_grad_()),
+        (1, [weight, weight]), (1, weight[:4]), (2, a[0]), (2, a.double()), (2, a[:, :7]),
+        (3, b.T), (3, "b"), (4, bias[:4]), (4, bias.double()), (4, [bias, None]), (5, 1), (5, [0.5]),
+        (5, None),
+    ]  # fmt: skip
+    for i, other in wanting[:-2] + wanting[-1:]:
+        assert call(*plain[:i], other, *plain[i + 1 :]) is None, (i, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(*plain) is None

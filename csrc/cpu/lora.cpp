@@ -25,31 +25,6 @@ Projections::Projections(
 
 Tensor Projections::part(const Tensor& s, int64_t i) const { return s.slice(1, r[i], r[i + 1]); }
 
-std::vector<Tensor> gradients_of_a(
-    const Tensor& ds, const Tensor& x, const Projections& p, const Dropout& dropout) {
-  Tensor all = at::empty({p.rank(), x.size(1)}, p.a_all.options());
-  transposed_product(Matrix(ds), Matrix(x).dropped(dropout), dropout.gain(), all);
-  if (p.count() == 1) return {all};
-  std::vector<Tensor> da;
-  for (int64_t i = 0; i < p.count(); ++i) {
-    da.push_back(
-        all.slice(0, p.r[i], p.r[i + 1]).to(p.a[i].scalar_type(), false, /*copy=*/true));
-  }
-  return da;
-}
-
-std::vector<Tensor> gradients_of_b(TensorList dy, const Tensor& s, const Projections& p) {
-  std::vector<Tensor> db;
-  for (int64_t i = 0; i < p.count(); ++i) {
-    // db_i^T = scale_i s_i^T dy_i
-    Tensor transposed = at::empty({p.rank(i), p.weight[i].size(0)}, p.b[i].options());
-    transposed_product(
-        Matrix(p.part(s, i)), Matrix(dy[i]), static_cast<float>(p.scale[i]), transposed);
-    db.push_back(transposed.t().contiguous());
-  }
-  return db;
-}
-
 // ------------------------------------------------------------------------------------------------
 // By ATen
 // ------------------------------------------------------------------------------------------------
@@ -74,20 +49,13 @@ char* row_of(Tensor& out, int64_t row) {
   return static_cast<char*>(out.mutable_data_ptr()) + row * out.stride(0) * out.element_size();
 }
 
-}  // namespace
-
-Tensor dropped(const Tensor& x, const Dropout& dropout) {
-  Tensor out = at::empty(x.sizes(), x.options());
+// out = x with dropped elements 0 and the others times `gain`
+void drop_rows(const Tensor& x, const Dropout& dropout, float gain, Tensor& out) {
   const Matrix view(x);
   at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      drop_row(view, dropout, n, dropout.gain(), row_of(out, n));
-    }
+    for (int64_t n = begin; n < end; ++n) drop_row(view, dropout, n, gain, row_of(out, n));
   });
-  return out;
 }
-
-namespace {
 
 // c += alpha left right. A BLAS may start each sum from what is there already, so in float32 long
 // ones start anew; in 16 bits that would round once more.
@@ -100,11 +68,32 @@ void add_product(Tensor& c, const Tensor& left, const Tensor& right, double alph
   }
 }
 
+// Calls work(first row, rows, scratch) for groups of the rows of x (N, D); scratch
+// (rows, D) is of its dtype and stays in the second cache.
+template <class Work>
+void in_groups(const Tensor& x, const Work& work) {
+  constexpr int64_t SCRATCH_BYTES = int64_t{1} << 20;
+  const int64_t N = x.size(0), D = x.size(1), row_bytes = D * x.element_size();
+  const int64_t most = std::min(N, rows_at_once(N, row_bytes, SCRATCH_BYTES));
+  Buffer room(ceil_div(most * row_bytes, static_cast<int64_t>(sizeof(float))));
+  for (int64_t first = 0; first < N; first += most) {
+    const int64_t count = std::min(most, N - first);
+    work(first, count, at::from_blob(room.data(), {count, D}, x.options()));
+  }
+}
+
 }  // namespace
 
 Tensor s_by_aten(const Tensor& x, const Projections& p, const Dropout& dropout) {
-  const Tensor input = dropout.active() ? dropped(x, dropout) : x;
-  return at::mm(input, p.a_all.to(x.scalar_type()).t());
+  const Tensor a = p.a_all.to(x.scalar_type()).t();
+  if (!dropout.active()) return at::mm(x, a);
+  Tensor s = at::empty({x.size(0), p.rank()}, x.options());
+  in_groups(x, [&](int64_t first, int64_t count, Tensor input) {
+    drop_rows(x.slice(0, first, first + count), dropout.from(first), dropout.gain(), input);
+    Tensor rows = s.slice(0, first, first + count);
+    at::mm_out(rows, input, a);
+  });
+  return s;
 }
 
 void y_by_aten(const Tensor& x, const Tensor& s, const Projections& p, int64_t i, Tensor& y) {
@@ -137,11 +126,75 @@ void dx_by_aten(
   at::mm_out(dx, dy[0], p.weight[0]);
   for (int64_t i = 1; i < p.count(); ++i) add_product(dx, dy[i], p.weight[i], 1.0);
   const Tensor a = p.a_all.to(dx.scalar_type());
-  if (dropout.active()) {
-    dx.add_(dropped(at::mm(ds, a), dropout));
-  } else {
-    add_product(dx, ds, a, 1.0);
+  if (!dropout.active()) return add_product(dx, ds, a, 1.0);
+  in_groups(dx, [&](int64_t first, int64_t count, Tensor term) {
+    at::addmm_out(term, term, ds.slice(0, first, first + count), a, 0, dropout.gain());
+    const Dropout mask = dropout.from(first);
+    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        mask.apply(row_of(term, n), dtype_of(term), term.size(1), n, 0);
+      }
+    });
+    dx.slice(0, first, first + count).add_(term);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Gradients of the adapters
+// ------------------------------------------------------------------------------------------------
+
+namespace {
+
+// In 16 bits a library's product rounds, or sums, worse than these kernels.
+bool thin_by_aten(const Tensor& x) {
+  return x.scalar_type() == at::kFloat && better_by_aten(x);
+}
+
+// out (R, D) = gain ds^T of x with dropped elements 0
+void product_for_a(const Tensor& ds, const Tensor& x, const Dropout& dropout, Tensor& out) {
+  if (!thin_by_aten(x)) {
+    return transposed_product(Matrix(ds), Matrix(x).dropped(dropout), dropout.gain(), out);
   }
+  if (!dropout.active()) {
+    at::mm_out(out, ds.t(), x);
+    return;
+  }
+  out.zero_();
+  in_groups(x, [&](int64_t first, int64_t count, Tensor input) {
+    drop_rows(x.slice(0, first, first + count), dropout.from(first), dropout.gain(), input);
+    out.addmm_(ds.slice(0, first, first + count).t(), input);
+  });
+}
+
+}  // namespace
+
+std::vector<Tensor> gradients_of_a(
+    const Tensor& ds, const Tensor& x, const Projections& p, const Dropout& dropout) {
+  Tensor all = at::empty({p.rank(), x.size(1)}, p.a_all.options());
+  product_for_a(ds, x, dropout, all);
+  if (p.count() == 1) return {all};
+  std::vector<Tensor> da;
+  for (int64_t i = 0; i < p.count(); ++i) {
+    da.push_back(
+        all.slice(0, p.r[i], p.r[i + 1]).to(p.a[i].scalar_type(), false, /*copy=*/true));
+  }
+  return da;
+}
+
+std::vector<Tensor> gradients_of_b(TensorList dy, const Tensor& s, const Projections& p) {
+  std::vector<Tensor> db;
+  for (int64_t i = 0; i < p.count(); ++i) {
+    // db_i^T = scale_i s_i^T dy_i
+    Tensor transposed = at::empty({p.rank(i), p.weight[i].size(0)}, p.b[i].options());
+    if (thin_by_aten(dy[i])) {
+      at::addmm_out(transposed, transposed, p.part(s, i).t(), dy[i], 0, p.scale[i]);
+    } else {
+      transposed_product(
+          Matrix(p.part(s, i)), Matrix(dy[i]), static_cast<float>(p.scale[i]), transposed);
+    }
+    db.push_back(transposed.t().contiguous());
+  }
+  return db;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -377,18 +430,6 @@ void ColumnsOfDx::multiply(
   product(0, rows.wide, true);
 }
 
-namespace {
-
-// Rows first .. first + count of x with dropped elements 0.
-Tensor drop_rows(const Tensor& x, const Dropout& dropout, int64_t first, int64_t count) {
-  const Matrix view(x);
-  Tensor out = at::empty({count, view.columns}, x.options());
-  for (int64_t n = 0; n < count; ++n) drop_row(view, dropout, first + n, 1.0f, row_of(out, n));
-  return out;
-}
-
-}  // namespace
-
 void pack_x(
     const Operands& o, const Tensor& x, const Dropout& dropout, const ColumnsOfS& columns,
     const Blocks& blocks, int64_t row, PackedRows& rows, Tensor& s) {
@@ -400,7 +441,8 @@ void pack_x(
       columns.multiply(rows.at(first), rows.stride(), 1.0f, first, count, rows, s, from);
       return;
     }
-    const Tensor dropped_rows = drop_rows(x, dropout, from, count);
+    Tensor dropped_rows = at::empty({count, x.size(1)}, x.options());
+    drop_rows(x.slice(0, from, from + count), dropout.from(from), 1.0f, dropped_rows);
     Buffer input(TILE_ROWS * k);
     pack(o.panels.view(dropped_rows), 0, count, 0, k, panel, input.data(), k * panel);
     columns.multiply(input.data(), k * panel, dropout.gain(), first, count, rows, s, from);

@@ -53,18 +53,10 @@ struct Projections {
   at::Tensor part(const at::Tensor& s, int64_t i) const;  // the columns of s that are s_i
 };
 
-// da_i = ds_i^T dropout(x) ; db_i = scale_i dy_i^T s_i. Each in its parameter's dtype.
-std::vector<at::Tensor> gradients_of_a(
-    const at::Tensor& ds, const at::Tensor& x, const Projections& p, const Dropout& dropout);
-std::vector<at::Tensor> gradients_of_b(
-    at::TensorList dy, const at::Tensor& s, const Projections& p);
-
 // ------------------------------------------------------------------------------------------------
 // By ATen
 // ------------------------------------------------------------------------------------------------
 
-// x with dropped elements 0 and the others times the gain
-at::Tensor dropped(const at::Tensor& x, const Dropout& dropout);
 // dropout(x) a^T
 at::Tensor s_by_aten(const at::Tensor& x, const Projections& p, const Dropout& dropout);
 // y = x weight_i^T + bias_i + scale_i s_i b_i^T
@@ -76,6 +68,16 @@ void ds_by_aten(at::TensorList dy, const Projections& p, at::Tensor& ds);
 void dx_by_aten(
     at::TensorList dy, const at::Tensor& ds, const Projections& p, const Dropout& dropout,
     at::Tensor& dx);
+
+// ------------------------------------------------------------------------------------------------
+// Gradients of the adapters
+// ------------------------------------------------------------------------------------------------
+
+// da_i = ds_i^T dropout(x) ; db_i = scale_i dy_i^T s_i. Each in its parameter's dtype.
+std::vector<at::Tensor> gradients_of_a(
+    const at::Tensor& ds, const at::Tensor& x, const Projections& p, const Dropout& dropout);
+std::vector<at::Tensor> gradients_of_b(
+    at::TensorList dy, const at::Tensor& s, const Projections& p);
 
 // ------------------------------------------------------------------------------------------------
 // By tiles: how the work is cut

@@ -102,6 +102,16 @@ Matrix in_floats(const Tensor& x, Buffer& room) {
   return Matrix(room.data(), from.rows, from.columns, from.columns);
 }
 
+// dropout(x), likewise.
+Matrix dropped_in_floats(const Tensor& x, const Dropout& dropout, Buffer& room) {
+  const Matrix all = in_floats(x, room);
+  for (int64_t i = 0; i < x.numel(); ++i) room.data()[i] *= dropout.gain();
+  for (int64_t n = 0; n < all.rows; ++n) {
+    dropout.apply(room.data() + n * all.columns, Dtype::float32, all.columns, n, 0);
+  }
+  return all;
+}
+
 // out = or += left times rows first .. first + count of `right`, transposed
 void times_rows(
     const Matrix& left, const Tensor& right, int64_t first, int64_t count, float* out,
@@ -125,7 +135,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward_by_rows(
   Buffer room(N * D), input_room(dropout.active() ? N * D : 0);
   const Matrix floats = in_floats(x, room);
   const Matrix input =
-      dropout.active() ? in_floats(dropped(x, dropout), input_room) : floats;
+      dropout.active() ? dropped_in_floats(x, dropout, input_room) : floats;
   const Matrix rows = multiplies_as_pairs(x) ? Matrix(x) : floats;
   for (int64_t i = 0; i < p.count(); ++i) {
     const int64_t R = p.rank(i), O = p.weight[i].size(0), ld = round_up(R, WIDTH);
