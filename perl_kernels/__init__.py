@@ -14,6 +14,7 @@ from .adapters import (
     LoRAConfig,
     adapter_names,
     adapter_parameters,
+    adapters_per_row,
     apply_lora,
     disable_adapters,
     merge_lora,
@@ -26,6 +27,7 @@ from .layers import LoRALinear
 from .log_prob import kl, log_prob
 from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
+from .multi_lora_linear import multi_lora_linear
 from .peft import accelerate_peft, load_adapter, save_adapter
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "accelerate_peft",
     "adapter_names",
     "adapter_parameters",
+    "adapters_per_row",
     "apply_lora",
     "disable_adapters",
     "kl",
@@ -47,6 +50,7 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "merge_lora",
+    "multi_lora_linear",
     "policy_loss",
     "save_adapter",
     "set_adapter",

@@ -45,6 +45,12 @@ PINNED: dict[tuple[str, int], dict[str, Tile]] = {
     ("lora_linear_bwd_da", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=32, SPLIT_N=1024)},
     ("lora_linear_bwd_dx", 2): {"any": _tile(4, 2, BLOCK_N=64, BLOCK_D=128)},
     ("lora_linear_bwd_dx", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=64)},
+    ("multi_lora_linear_shrink", 2): {"any": _tile(4, 4, BLOCK_N=64, BLOCK_D=64)},
+    ("multi_lora_linear_shrink", 4): {"any": _tile(4, 3, BLOCK_N=32, BLOCK_D=32)},
+    ("multi_lora_linear_expand", 2): {"any": _tile(4, 2, BLOCK_N=64, BLOCK_D=128)},
+    ("multi_lora_linear_expand", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=64)},
+    ("multi_lora_linear_reduce", 2): {"any": _tile(4, 3, BLOCK_N=64, BLOCK_D=128, SPLIT_N=1024)},
+    ("multi_lora_linear_reduce", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=32, SPLIT_N=1024)},
     ("head_stats", 2): {
         "any": _tile(8, 3, BLOCK_N=128, BLOCK_V=128, BLOCK_H=64, GROUP=16, SPLITS=32)
     },

@@ -2,6 +2,7 @@
 
     pk.apply_lora(model, pk.LoRAConfig(r=16, alpha=32))      # freezes the base
     with pk.disable_adapters(model): ...                     # the base model, same weights
+    with pk.adapters_per_row(model, ["default", None]): ...  # each row of a batch its own
     pk.apply_lora(model, config, "value"); pk.set_adapter(model, "value")
 
 One walker finds the modules by their kind, never by the model's name, and each of them becomes a
@@ -11,6 +12,7 @@ Files are in peft.py.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +21,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .layers import LoRALinear, adapter_dtype, check_adapter, check_base, is_linear
+from .layers import LoRALinear, Rows, adapter_dtype, check_adapter, check_base, is_linear
 
 __all__ = [
     "LoRAConfig",
     "adapter_names",
     "adapter_parameters",
+    "adapters_per_row",
     "apply_lora",
     "disable_adapters",
     "merge_lora",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"
+BASE = "__base__"  # PEFT's name, in adapter_names, of rows without an adapter
 CLASSIFIER_HEADS = ("score", "classifier")  # transformers' names; trained in full, never adapted
 
 
@@ -284,6 +288,59 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.disabled = disabled
 
 
+@contextmanager
+def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, row i of a batch goes through the adapter names[i], the base once for all rows.
+
+    Every batch inside has as many rows as there are names. The active adapter has no say; a layer
+    that a row's adapter does not reach is its base layer for that row, and inside
+    `disable_adapters` for all rows.
+
+    Gradients reach each adapter whose parameters require grad, all in one backward:
+
+        for name in ("policy", "value"):
+            pk.set_adapter(model, name, freeze_others=False)
+        with pk.adapters_per_row(model, ["policy", "policy", "value", None]):
+            model(input_ids).logits ...
+
+    Under activation checkpointing call backward inside, where the forward pass is run again.
+
+    Args:
+        names: of adapters; None, or "__base__" as PEFT writes it, for the base alone.
+
+    Raises:
+        ValueError: no layer has such an adapter, there are no names, an adapter is merged, or this
+            model is inside `adapters_per_row` already. From a layer: the batch has another number
+            of rows, or the adapters of one batch that is trained differ in dropout.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"names is {names!r}; wanted a sequence, one name for each row")
+    names = [None if name == BASE else name for name in names]
+    if not names:
+        raise ValueError("names is empty; wanted one for each row of the batch")
+    for name in dict.fromkeys(names):
+        if name is not None:
+            lora_layers(model, name)
+    _check_not_merged(model)
+    layers = lora_layers(model).values()
+    if any(layer.rows is not None for layer in layers):
+        raise ValueError("the model is inside adapters_per_row already, which does not nest")
+
+    @functools.cache
+    def rows(here: tuple[str, ...], device: torch.device) -> Rows:
+        numbers = [here.index(name) if name in here else -1 for name in names]
+        return Rows(here, torch.tensor(numbers, device=device))
+
+    for layer in layers:
+        here = tuple(name for name in dict.fromkeys(names) if name in layer.adapters)
+        layer.rows = rows(here, layer.weight.device)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
+
+
 # ------------------------------------------------------------------------------------------------
 # Merge, unmerge, unload
 # ------------------------------------------------------------------------------------------------
@@ -296,8 +353,8 @@ def merge_lora(model: nn.Module, adapter_name: str | None = None) -> None:
     its base layer, at the base model's speed, and the adapter is not trained.
 
     Raises:
-        ValueError: one is merged already, adapters are disabled, a weight is tied to another
-            module, or the adapter is not finite; nothing is changed.
+        ValueError: one is merged already, adapters are disabled or rows have their own, a weight is
+            tied to another module, or the adapter is not finite; nothing is changed.
     """
     _check_not_merged(model)
     if adapter_name is None:
@@ -309,6 +366,8 @@ def merge_lora(model: nn.Module, adapter_name: str | None = None) -> None:
     for name, layer in layers.items():
         if layer.disabled:
             raise ValueError("adapters are disabled; merge outside of disable_adapters")
+        if layer.rows is not None:
+            raise ValueError("rows have adapters of their own; merge outside of adapters_per_row")
         others = [n for n in names_of_weight[layer.weight] if n != f"{name}.base_layer.weight"]
         if others:
             raise ValueError(

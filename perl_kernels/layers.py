@@ -2,8 +2,9 @@
 
     y = base_layer(x) + scale * lora_B(lora_A(dropout(x)))     with scale = alpha / R
 
-becomes one op that saves x and s = dropout(x) lora_A^T for backward, nothing else. Parameters have
-PEFT's names: `lora_A.<adapter>` (R, D) and `lora_B.<adapter>` (O, R), beside `base_layer`.
+becomes one op that saves x and s = dropout(x) lora_A^T for backward, nothing else; where each row of
+a batch has an adapter of its own, it is `pk.multi_lora_linear`. Parameters have PEFT's names:
+`lora_A.<adapter>` (R, D) and `lora_B.<adapter>` (O, R), beside `base_layer`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ._arguments import FLOATS
+from ._arguments import FLOATS, shape_of
 from .lora_linear import lora_linear
+from .multi_lora_linear import multi_lora_linear
 
 __all__ = ["LoRALinear"]
 
@@ -36,11 +38,20 @@ class Adapter:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter of a layer each entry of a batch goes through."""
+
+    names: tuple[str, ...]
+    numbers: Tensor  # (B,) int64: an index into names, or -1 for the base alone
+
+
 class LoRALinear(nn.Module):
     """A frozen nn.Linear or transformers Conv1D with low-rank adapters on top.
 
-    One adapter is active at a time. When it is not there, or the layer is disabled or merged, the
-    layer is its base layer and nothing more.
+    One adapter is active at a time, or inside `adapters_per_row` one for each row of the batch.
+    When it is not there, or the layer is disabled or merged, the layer is its base layer and
+    nothing more.
 
     Args:
         base_layer: the module to wrap, in any floating type; its parameters are frozen here.
@@ -58,6 +69,7 @@ class LoRALinear(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         self.disabled = False
+        self.rows: Rows | None = None  # inside adapters_per_row: goes before active_adapter
         self.merged: str | None = None  # the adapter whose delta is inside base_layer.weight
         self.transposed = not isinstance(base_layer, nn.Linear)  # Conv1D keeps weight as (D, O)
         self.out_features, self.in_features = features_of(base_layer)
@@ -121,8 +133,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., O)
         name, base = self.active_adapter, self.base_layer
+        if self.disabled or self.merged is not None:
+            return base(x)
+        if self.rows is not None:
+            return self._forward_per_row(x, self.rows)
         adapter = self.adapters.get(name)
-        if adapter is None or self.disabled or self.merged is not None:
+        if adapter is None:
             return base(x)
         return lora_linear(
             x,
@@ -132,6 +148,32 @@ class LoRALinear(nn.Module):
             bias=base.bias,
             scale=adapter.scale,
             dropout_p=adapter.dropout if self.training else 0.0,
+        )
+
+    def _forward_per_row(self, x: Tensor, rows: Rows) -> Tensor:  # (B, ..., D) -> (B, ..., O)
+        base, adapters = self.base_layer, [self.adapters[name] for name in rows.names]
+        if x.ndim < 2 or len(x) != len(rows.numbers):
+            raise ValueError(
+                f"x has shape {shape_of(x)} and adapters_per_row {len(rows.numbers)} names; wanted "
+                "x (B, ..., D) with one name for each of the B"
+            )
+        if not adapters:
+            return base(x)
+        dropouts = {adapter.dropout if self.training else 0.0 for adapter in adapters}
+        if len(dropouts) > 1:
+            raise ValueError(
+                f"adapters {', '.join(rows.names)} differ in dropout, and rows of one batch share a "
+                "mask; give them the same dropout, or use eval mode"
+            )
+        return multi_lora_linear(
+            x,
+            base.weight.t() if self.transposed else base.weight,
+            [self.lora_A[name] for name in rows.names],
+            [self.lora_B[name] for name in rows.names],
+            rows.numbers,
+            bias=base.bias,
+            scale=[adapter.scale for adapter in adapters],
+            dropout_p=dropouts.pop(),
         )
 
     def merge(self, name: str) -> None:

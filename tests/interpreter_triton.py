@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 pytest tests/interpreter_triton.py
 
 import pytest
 import test_lora_mlp as mlp
+import test_multi_lora_linear as multi
 import torch
 from _compare import check_law, doubled
 
@@ -16,6 +17,7 @@ from perl_kernels.head import triton as head_kernels
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
 from perl_kernels.lora_linear import triton as lora_kernels
+from perl_kernels.multi_lora_linear import triton as multi_kernels
 
 assert triton_interpreted(), "set TRITON_INTERPRET=1 before pytest starts"
 # masked lanes of a tile hold -inf, whose differences numpy warns about before `where` drops them
@@ -211,6 +213,81 @@ def test_only_the_wanted_gradients():
 def test_lora_mlp(p, save):
     tensors = mlp.make(37, 24, 45, 33, (5, 3, 16))
     compare(*mlp.three_ways(tensors, save, dropout_p=p), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# multi_lora_linear
+# ------------------------------------------------------------------------------------------------
+
+# (N, D, O, ranks) beside tiles of 16 rows in chunks of 32, and 32 columns. 70: past one chunk of an
+# adapter's rows; 43, 37: multiples of no tile. Rank 80: past a block of 64, and the others padded
+# by more than one. N = 1: tiles that do not exist. D = 3: less than one Philox group.
+MULTI_SIZES = [(70, 43, 37, (5, 3)), (30, 35, 20, (17, 80, 5)), (1, 40, 33, (16, 16)),
+               (7, 3, 1, (1, 2))]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", MULTI_SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.3), (torch.float16, 0.0)], ids=str)
+def test_multi_lora_linear(sizes, dtype, p):
+    tensors, adapter = multi.make(*sizes, dtype, bias=sizes[1] % 2 == 1)
+    dy = torch.randn(sizes[0], sizes[2]).to(dtype)
+    compare(*multi.three_ways(tensors, adapter, dy, p), dtype)
+
+
+@pytest.mark.parametrize("case", ["strided x", "transposed weight", "N = 0", "all base", "float32"])
+def test_multi_lora_linear_layouts(case):
+    dtype = torch.float16 if case == "float32" else torch.float32
+    tensors, adapter = multi.make(18, 36, 20, (7, 3), dtype, adapter_dtype=torch.float32)
+    if case == "strided x":
+        tensors["x"] = torch.randn(18, 72)[:, ::2].detach().requires_grad_()
+    elif case == "transposed weight":
+        tensors["weight"] = torch.randn(36, 20).t() / 6
+    elif case == "N = 0":
+        tensors["x"], adapter = torch.randn(0, 36).requires_grad_(), adapter[:0]
+    elif case == "all base":
+        adapter = torch.full_like(adapter, -1)
+    dy = torch.randn(len(tensors["x"]), 20).to(dtype)
+    found, theirs, exact = multi.three_ways(tensors, adapter, dy)
+    compare(found, theirs, exact, dtype)
+    assert found["da0"].dtype == found["db0"].dtype == torch.float32
+
+
+def test_numbers_of_no_adapter_are_the_base():
+    """A GPU cannot say so without making the host wait."""
+    tensors, adapter = multi.make(20, 12, 9, (3, 2))
+    wrong = adapter.masked_fill(adapter == -1, 2).masked_fill(torch.arange(20) % 5 == 0, -7)
+    right = wrong.masked_fill((wrong < 0) | (wrong > 1), -1)
+    dy = torch.randn(20, 9)
+    found, expected = (
+        multi.outputs_and_gradients(multi.ours, tensors, t, dy) for t in (wrong, right)
+    )
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("rows", [1, 5, 2500])
+def test_segments_are_a_stable_sort(rows):
+    """2500: past two blocks of 1024."""
+    adapter = torch.randint(-1, 6, (rows,))
+    order, start = multi_kernels._segments(adapter, 6)
+    expected = adapter.where(adapter >= 0, 6).sort(stable=True)
+    assert torch.equal(order.long(), expected.indices)
+    assert torch.equal(start.long(), torch.searchsorted(expected.values, torch.arange(8)))
+
+
+def test_the_mask_of_sorted_rows_is_the_references():
+    """Each product that draws it, made to show it: identity adapters, a zero base."""
+    n, d, p = 19, 35, 0.3
+    seed, adapter = torch.tensor(-(2**61) - 7), torch.arange(n) % 2
+    kept = _dropout.keep_mask(seed, n, d, p).float() * torch.tensor(1.0 / (1.0 - p))
+    ones, eye, base = torch.ones(n, d), torch.eye(d), torch.zeros(d, d)
+    rest = ([eye] * 2, [eye] * 2, [1.0] * 2, adapter, p, seed)
+    y, s = multi_kernels.forward(ones, base, None, *rest)
+    assert torch.equal(y, kept)
+    dx, da, _ = multi_kernels.backward(ones, ones, base, *rest, s, True, True)
+    assert torch.equal(dx, kept)
+    for g in range(2):  # all rows of da are sums over the adapter's rows
+        torch.testing.assert_close(da[g], kept[adapter == g].sum(0).expand(d, d))
 
 
 # ------------------------------------------------------------------------------------------------

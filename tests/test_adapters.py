@@ -249,6 +249,157 @@ def test_deepcopy_and_state_dict_carry_the_adapters():
 
 
 # ------------------------------------------------------------------------------------------------
+# An adapter for each row
+# ------------------------------------------------------------------------------------------------
+
+NAMES = ["value", None, "default", "value", "__base__", "default"]
+
+
+def losses_of_rows(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=batch).logits
+    return torch.stack([logits[i].square().mean() * (i + 1) for i in range(len(batch))])
+
+
+def learned(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {key}": parameter.grad
+        for name in pk.adapter_names(model)
+        for key, parameter in pk.adapter_parameters(model, name).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("llama", True)]
+)
+def test_rows_with_their_own_adapters_equal_each_group_alone(family, checkpointing):
+    def build() -> nn.Module:
+        """ "value" has fewer modules, and another rank and scale."""
+        few = [{"gpt2": "c_attn"}.get(family, "q_proj"), "lm_head"]
+        model = pk.apply_lora(tiny_model(family), pk.LoRAConfig(r=3))
+        pk.apply_lora(model, pk.LoRAConfig(r=2, alpha=6, target_modules=few), "value")
+        stir(model)
+        for name in ("value", "default"):
+            pk.set_adapter(model, name, freeze_others=False)
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    batch = tokens(len(NAMES))
+    model, groups = build(), build()
+    with pk.adapters_per_row(model, NAMES):
+        losses = losses_of_rows(model, batch)
+        losses.sum().backward()
+    for name in ("default", "value", None):
+        places = [i for i, n in enumerate(NAMES) if (None if n == "__base__" else n) == name]
+        if name is not None:
+            pk.set_adapter(groups, name, freeze_others=False)
+        for layer in groups.modules():
+            if isinstance(layer, pk.LoRALinear):
+                layer.disabled = name is None
+        alone = losses_of_rows(groups, batch[places]) / torch.arange(1.0, len(places) + 1)
+        alone = alone * (torch.tensor(places) + 1)
+        assert difference(losses[places], alone) < 1e-5
+        if name is not None:
+            alone.sum().backward()
+    wanted = learned(groups)
+    for key, gradient in learned(model).items():
+        assert difference(gradient, wanted[key]) < 1e-5, key
+
+
+def test_a_frozen_adapter_among_the_rows_does_not_learn():
+    model = two_adapters()
+    with pk.adapters_per_row(model, ["default", "value"]):
+        losses_of_rows(model, tokens()).sum().backward()
+    for key, gradient in learned(model).items():
+        assert (gradient is not None and gradient.any()) == key.startswith("default"), key
+
+
+def test_rows_draw_one_mask_in_training_and_none_in_evaluation():
+    model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=3, dropout=0.5))
+    pk.apply_lora(model, pk.LoRAConfig(r=3, dropout=0.5), "twin")
+    stir(model)
+    for key, parameter in pk.adapter_parameters(model, "twin").items():
+        parameter.data = pk.adapter_parameters(model)[key].data
+
+    def run(names, seed: int):
+        torch.manual_seed(seed)
+        with pk.adapters_per_row(model, names):
+            return logits_of(model)
+
+    evaluated = logits_of(model)
+    assert difference(run(["default", "twin"], 0), evaluated) < 1e-5
+    model.train()
+    trained = run(["default", "default"], 0)
+    assert difference(run(["twin", "default"], 0), trained) < 1e-5
+    assert difference(run(["default", "default"], 1), trained) > 0.01
+
+    pk.apply_lora(model, pk.LoRAConfig(r=3, dropout=0.1), "other")
+    with pytest.raises(ValueError, match="adapters default, other differ in dropout"):
+        run(["default", "other"], 0)
+    run(["other", "other"], 0)
+    model.eval()
+    run(["default", "other"], 0)
+
+
+def test_adapters_per_row_goes_before_the_active_adapter_and_after_disable():
+    model = two_adapters()
+    value, base = logits_of(model), logits_of(tiny_model("llama"))
+    pk.set_adapter(model, "value")
+    with pk.adapters_per_row(model, ["default", "default"]):
+        assert difference(logits_of(model), value) < 1e-5
+        with pk.disable_adapters(model):
+            assert torch.equal(logits_of(model), base)
+    with pk.adapters_per_row(model, [None, "__base__"]):
+        assert torch.equal(logits_of(model), base)
+    with pytest.raises(KeyError), pk.adapters_per_row(model, ["value", None]):
+        raise KeyError
+    assert all(m.rows is None for m in model.modules() if isinstance(m, pk.LoRALinear))
+
+
+def test_generate_with_an_adapter_for_each_row():
+    model = two_adapters()
+
+    def generate(batch: torch.Tensor) -> torch.Tensor:
+        return model.generate(
+            batch, attention_mask=torch.ones_like(batch), max_new_tokens=6, do_sample=False,
+            eos_token_id=VOCABULARY + 1,
+        )  # fmt: skip
+
+    with pk.adapters_per_row(model, ["value", "default", None]):
+        together = generate(tokens(3))
+    with pk.disable_adapters(model):
+        assert torch.equal(together[2:], generate(tokens(3)[2:]))
+    assert torch.equal(together[1:2], generate(tokens(3)[1:2]))
+    pk.set_adapter(model, "value")
+    assert torch.equal(together[:1], generate(tokens(3)[:1]))
+
+
+def test_rows_that_cannot_have_their_own_adapters_are_refused():
+    model = two_adapters()
+    wanted = logits_of(model)
+    for names, message in (
+        (["policy", None], "no adapter 'policy'; the model has: default, value"),
+        ([], "names is empty; wanted one for each row"),
+    ):
+        with pytest.raises(ValueError, match=message), pk.adapters_per_row(model, names):
+            pass
+    with pytest.raises(TypeError, match="names is 'value'"), pk.adapters_per_row(model, "value"):
+        pass
+    with pk.adapters_per_row(model, ["value", None, None]):
+        with pytest.raises(ValueError, match=r"shape \(2, 7, 32\) and adapters_per_row 3 names"):
+            logits_of(model)
+        with pytest.raises(ValueError, match="which does not nest"):
+            pk.adapters_per_row(model, ["value"]).__enter__()
+        with pytest.raises(ValueError, match="merge outside of adapters_per_row"):
+            pk.merge_lora(model)
+    assert torch.equal(logits_of(model), wanted)
+    pk.merge_lora(model)
+    with pytest.raises(ValueError, match="adapter 'default' is merged; call unmerge_lora"):
+        pk.adapters_per_row(model, ["value", None]).__enter__()
+
+
+# ------------------------------------------------------------------------------------------------
 # Merge
 # ------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from perl_kernels.log_prob import reference as logits_reference
 from perl_kernels.lora_linear import reference as lora_reference
 from perl_kernels.lora_mlp import LoRAProjection
 from perl_kernels.lora_mlp import reference as mlp_reference
+from perl_kernels.multi_lora_linear import reference as multi_reference
 
 if _library.missing["cpu"]:
     pytest.skip(f"cpu backend: {_library.missing['cpu']}", allow_module_level=True)
@@ -160,6 +161,68 @@ def test_law_lora_linear(dtype):
             lora_results(tensors, *rest, True),
             lora_results(tensors, *rest, False),
             lora_results(doubled(tensors), *rest, False),
+        )
+    law.check()
+
+
+# ------------------------------------------------------------------------------------------------
+# multi_lora_linear. Rows as above, and 400: past a block of 120 rows of one adapter. Up to 7
+# adapters, some without a row, with ranks of their own; rows in no order, or in runs.
+# ------------------------------------------------------------------------------------------------
+
+
+def multi_case(index: int, dtype: torch.dtype):
+    choose = random.Random(index)
+    torch.manual_seed(index)
+    adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
+    n, d = choose.choice([1, 7, 33, 64, 259, 400]), choose.choice([1, 3, 17, 123, 256])
+    o, count = choose.choice([1, 7, 45, 193, 385]), choose.choice([1, 2, 3, 7])
+    tensors = {"x": laid_out(choose, torch.randn(n, d).to(dtype)).requires_grad_()}
+    for g in range(count):
+        rank = choose.choice([1, 5, 16, 33, 129])
+        a, b = torch.randn(rank, d) / d**0.5, torch.randn(o, rank)
+        tensors[f"a{g}"] = laid_out(choose, a.to(adapter_dtype)).requires_grad_()
+        tensors[f"b{g}"] = laid_out(choose, b.to(adapter_dtype)).requires_grad_()
+    tensors["weight"] = laid_out(choose, (torch.randn(o, d) / d**0.5).to(dtype))
+    has_bias = choose.random() < 0.5
+    tensors["bias"] = torch.randn(o).to(dtype).requires_grad_() if has_bias else None
+    adapter = torch.randint(-1, count, (n,))
+    if choose.random() < 0.3:
+        adapter = adapter.sort().values
+    scale = [choose.choice([0.5, 1.0, 2.0]) for _ in range(count)]
+    dy = laid_out(choose, torch.randn(n, o).to(dtype))
+    p, seed = choose.choice([0.0, 0.0, 0.3]), torch.tensor(choose.getrandbits(62))
+    return tensors, scale, adapter, dy, p, seed
+
+
+def multi_results(tensors, scale, adapter, dy, p, seed, compiled: bool):
+    x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
+    a, b = ([tensors[f"{letter}{g}"] for g in range(len(scale))] for letter in "ab")
+    if compiled:
+        y, s = ops.multi_lora_linear(x, weight, bias, a, b, scale, adapter, p, seed)
+        assert s.isfinite().all()
+    else:
+        a, b = ([t.to(x.dtype) for t in factors] for factors in (a, b))
+        y = multi_reference.multi_lora_linear(
+            x, weight, a, b, adapter, scale=scale, bias=bias, dropout_p=p, seed=seed
+        )
+    leaves = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    assert not compiled or all(t.is_contiguous() for t in (y, *found))
+    return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, found, strict=True)}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_law_multi_lora_linear(dtype):
+    law = Law(dtype)
+    for case in range(80):
+        torch.set_num_threads(1 + case % 2)
+        tensors, *rest = multi_case(case, dtype)
+        law.add(
+            case,
+            multi_results(tensors, *rest, True),
+            multi_results(tensors, *rest, False),
+            multi_results(doubled(tensors), *rest, False),
         )
     law.check()
 
@@ -428,7 +491,7 @@ def test_every_instruction_set(cap):
         pytest.skip(f"{_library.cpu_capability()} is the widest here")
     assert name.split()[1] == cap.upper()
     found = run_capped(cap, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "law")
-    assert found.startswith("0\n") and "21 passed" in found, found
+    assert found.startswith("0\n") and "24 passed" in found, found
 
 
 def test_an_unknown_instruction_set_is_refused():
@@ -503,6 +566,11 @@ def everything():
         [dy], x, [weight], [a], [b], [0.5], 0.2, seed, s, True, True
     )
     found = [*y, s, gradients[0], *gradients[1], *gradients[2]]
+    adapter = torch.randint(-1, 2, (n,))
+    rest = ([a, a[:5]], [b, b[:, :5]], [0.5, 2.0], adapter, 0.2, seed)
+    y, s = ops.multi_lora_linear_cpu(x, weight, None, *rest)
+    dx, da, db = ops.multi_lora_linear_backward_cpu(dy, x, weight, *rest, s, True, True)
+    found += [y, s, dx, *da, *db]
     for keep in (True, False):
         found += everything_of_lora_mlp(n, d, o, keep)
     hidden, ref_hidden, head = torch.randn(n, d), torch.randn(n, d), torch.randn(v, d) / d**0.5
@@ -580,6 +648,12 @@ def test_no_rows():
             [y], t[0], [t[1]], [t[2]], [t[3]], [1.0], 0.0, None, s, True, True
         )
         assert dx.shape == (0, 6) and not da[0].any() and not db[0].any()
+        nobody = torch.empty(0, dtype=torch.long)
+        rest = (t[1], [t[2]] * 2, [t[3]] * 2, [1.0] * 2, nobody, 0.0, None)
+        y, s = ops.multi_lora_linear_cpu(t[0], rest[0], None, *rest[1:])
+        dx, da, db = ops.multi_lora_linear_backward_cpu(y, t[0], *rest, s, True, True)
+        assert y.shape == (0, 5) and s.shape == (0, 2) and dx.shape == (0, 6)
+        assert not any(gradient.any() for gradient in (*da, *db))
     y, *rest, dx, da_gate = everything_of_lora_mlp(0, 6, 8, True)[:7]
     assert y.shape == dx.shape == (0, 6) and rest[2].shape == (0, 8) and not da_gate.any()
     target, none = torch.empty(0, dtype=torch.long), torch.empty(0)

@@ -2,6 +2,7 @@
 
 import pytest
 import test_lora_mlp as mlp
+import test_multi_lora_linear as multi
 import torch
 from _compare import check_law, doubled
 
@@ -193,6 +194,31 @@ def test_lora_mlp(p, save, dtype):
 
 
 # ------------------------------------------------------------------------------------------------
+# multi_lora_linear
+# ------------------------------------------------------------------------------------------------
+
+# 3000: past one chunk of an adapter's rows. Rank 200: more than a block, the others padded.
+MULTI_SIZES = [*multi.SIZES, (3000, 256, 192, (16, 5, 200, 64))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", MULTI_SIZES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_multi_lora_linear(p, sizes, dtype):
+    tensors, adapter = multi.make(*sizes, dtype, bias=sizes[1] % 2 == 1)
+    dy = torch.randn(sizes[0], sizes[2]).to(dtype)
+    multi.hold_to_law(*multi.three_ways(tensors, adapter, dy, p), dtype)
+
+
+def test_a_cuda_graph_reads_the_rows_adapters_anew():
+    tensors, adapter = multi.make(130, 96, 64, (8, 5, 3))
+    graph, (y,) = captured(lambda: [multi.ours(tensors, adapter).detach()])
+    adapter.copy_(adapter.flip(0))
+    graph.replay()
+    assert torch.equal(y, multi.ours(tensors, adapter))
+
+
+# ------------------------------------------------------------------------------------------------
 # head
 # ------------------------------------------------------------------------------------------------
 
@@ -347,6 +373,11 @@ def test_logits_beyond_two_to_the_31_elements(backend):
 # ------------------------------------------------------------------------------------------------
 
 
+STEPS = [
+    "lora_linear", "lora_mlp", "multi_lora_linear", "linear_log_prob", "policy_loss", "log_prob"
+]  # fmt: skip
+
+
 def steps():
     """Each op forward and backward, as a call without arguments and the input to vary."""
     lora_tensors = make_lora(130, 96, 64, 8, torch.bfloat16)
@@ -382,9 +413,16 @@ def steps():
     def block_step():
         return list(mlp.outputs_and_gradients(mlp.ours, block, d_block).values())
 
+    rows_tensors, adapter = multi.make(130, 96, 64, (8, 5, 3), torch.bfloat16)
+
+    def rows_step():
+        found = multi.outputs_and_gradients(multi.ours, rows_tensors, adapter, dy)
+        return list(found.values())
+
     return {
         "lora_linear": (lora_step, lora_tensors["x"]),
         "lora_mlp": (block_step, block["x"]),
+        "multi_lora_linear": (rows_step, rows_tensors["x"]),
         "linear_log_prob": (log_prob_step, hidden),
         "policy_loss": (policy_step, hidden),
         "log_prob": (logits_step, logits),
@@ -404,9 +442,7 @@ def captured(step):
     return graph, outputs
 
 
-@pytest.mark.parametrize(
-    "name", ["lora_linear", "lora_mlp", "linear_log_prob", "policy_loss", "log_prob"]
-)
+@pytest.mark.parametrize("name", STEPS)
 def test_cuda_graph_replays_on_new_values(name):
     step, varied = steps()[name]
     graph, outputs = captured(step)
@@ -428,9 +464,7 @@ def test_dropout_in_a_cuda_graph_draws_a_new_mask_each_time():
     assert not torch.equal(*masks)
 
 
-@pytest.mark.parametrize(
-    "name", ["lora_linear", "lora_mlp", "linear_log_prob", "policy_loss", "log_prob"]
-)
+@pytest.mark.parametrize("name", STEPS)
 def test_nothing_waits_for_the_device_and_results_repeat(name):
     step, _ = steps()[name]
     first = step()

@@ -192,6 +192,29 @@ def test_compiles_to_one_graph(kind, dropout):
     assert torch.equal(compiled(x), layer.base_layer(x))
 
 
+def test_compiles_to_one_graph_with_an_adapter_for_each_row():
+    layer = make_layer(dtype=torch.float32)
+    layer.add_adapter("other", 3)
+    nn.init.normal_(layer.lora_B["other"])
+    layer.set_adapter("other", freeze_others=False)
+    model = nn.Sequential(layer)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4, D)
+
+    def run(function, names):
+        layer.zero_grad()
+        with pk.adapters_per_row(model, names):
+            y = function(x)
+        y.square().sum().backward()
+        return [y, *(p.grad for p in layer.parameters() if p.requires_grad)]
+
+    for names in (["default", None, "other"], ["other", "default", "default"]):
+        wanted = run(model, names)
+        assert len(wanted) == 5
+        for got, want in zip(run(compiled, names), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_autocast_runs_in_its_dtype():
     layer = make_layer(dtype=torch.float32)
     x = torch.randn(4, D)

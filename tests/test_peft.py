@@ -410,6 +410,32 @@ def two_peft_adapters() -> PeftModel:
     return model
 
 
+def test_rows_with_their_own_adapters_are_those_of_pefts_adapter_names(tmp_path):
+    peers, ours = two_peft_adapters(), tiny_model("llama")
+    peers.save_pretrained(tmp_path)
+    pk.load_adapter(ours, tmp_path)
+    pk.load_adapter(ours, tmp_path / "second", "second")
+    exact, names, batch = peers.double(), ["second", "__base__", "default", "second"], tokens(4)
+    for model in (ours, exact):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    with pk.adapters_per_row(ours, names):
+        got = ours(input_ids=batch).logits
+    wanted = exact(input_ids=batch, adapter_names=names).logits
+    assert difference(got, wanted) < 2e-6
+    for logits in (got, wanted):
+        logits.square().mean().backward()
+    of_exact = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): p.grad
+        for name, p in exact.named_parameters()
+        if p.requires_grad
+    }
+    of_ours = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert of_ours.keys() == of_exact.keys() and len(of_ours) == 12
+    for name, gradient in of_ours.items():
+        assert difference(gradient, of_exact[name]) < 1e-5, name
+
+
 def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
     peers, ours = two_peft_adapters(), pk.accelerate_peft(two_peft_adapters())
 

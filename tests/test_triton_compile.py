@@ -24,7 +24,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-ROOMS = ("lora_linear", "head", "log_prob")
+ROOMS = ("lora_linear", "multi_lora_linear", "head", "log_prob")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -33,9 +33,13 @@ TARGETS = {
 }
 # bytes a block may have; for sm_80 what the smallest 8.x cards have
 SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"
+}  # fmt: skip
 NO_PRODUCT = {
     "_lora_linear_sum_kernel",
+    "_multi_lora_linear_segments_kernel",
+    "_multi_lora_linear_sum_kernel",
     "_head_combine_kernel",
     "_logits_stats_kernel",
     "_logits_grad_kernel",
@@ -119,13 +123,17 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, _Recorder(describe, kernel))
         lora = modules["lora_linear"]
+        multi = modules["multi_lora_linear"]
         head, log_prob = modules["head"], modules["log_prob"]
         _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.1)
         _call_lora_linear(lora, dtype, rows=16, rank=16, dropout_p=0.0)
+        _call_multi_lora_linear(multi, dtype, rows=512, ranks=(16, 16), dropout_p=0.1)
         _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
         _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
         _call_log_prob(log_prob, dtype, with_ref=True)
         if every:
+            _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8, 16), dropout_p=0.1)
+            _call_multi_lora_linear(multi, dtype, rows=16, ranks=(64,) * 20, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=256, dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=64, rank=64, dropout_p=0.0)
@@ -134,12 +142,15 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
             _call_log_prob(log_prob, dtype, with_ref=False)
             # sizes of 1 become constants of the kernel
             _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.1)
+            _call_multi_lora_linear(multi, dtype, rows=1, ranks=(1,), dropout_p=0.1)
             _call_head(head, dtype, 1, 2, with_ref=True, softcap=0.0)
             if dtype == torch.float32:
                 patch.setattr(lora, "precision", lambda tensor: "tf32")
+                patch.setattr(multi, "precision", lambda tensor: "tf32")
                 patch.setattr(head, "precision", lambda tensor: "tf32")
                 _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.1)
                 _call_lora_linear(lora, dtype, rows=16, rank=16, dropout_p=0.0)
+                _call_multi_lora_linear(multi, dtype, rows=512, ranks=(16, 16), dropout_p=0.1)
                 _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
                 _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
             # all of y in one kernel, however many tokens
@@ -155,6 +166,17 @@ def _call_lora_linear(module, dtype, rows: int, rank: int, dropout_p: float) -> 
     seed = torch.zeros((), dtype=torch.int64)
     _, s = module.forward(x, [weight], [bias], [a], [b], [2.0], dropout_p, seed)
     module.backward([dy], x, [weight], [a], [b], [2.0], dropout_p, seed, s, True, True)
+
+
+def _call_multi_lora_linear(module, dtype, rows: int, ranks: tuple, dropout_p: float) -> None:
+    x, dy = torch.zeros(rows, 256, dtype=dtype), torch.zeros(rows, 512, dtype=dtype)
+    weight, bias = torch.zeros(512, 256, dtype=dtype), torch.zeros(512, dtype=dtype)
+    a = [torch.zeros(r, 256, dtype=dtype) for r in ranks]
+    b = [torch.zeros(512, r, dtype=dtype) for r in ranks]
+    rest = (a, b, [2.0] * len(a), torch.zeros(rows, dtype=torch.int64), dropout_p,
+            torch.zeros((), dtype=torch.int64))  # fmt: skip
+    _, s = module.forward(x, weight, bias, *rest)
+    module.backward(dy, x, weight, *rest, s, True, True)
 
 
 def _call_head(module, dtype, rows: int, vocabulary: int, with_ref: bool, softcap: float) -> None:
