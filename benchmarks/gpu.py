@@ -45,6 +45,7 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("linear_log_prob", "forward + backward", {"V": 131072}),
     ("log_prob", "kl, forward + backward", {}),
     ("lora_linear", "forward + backward, compiled", {}),
+    ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case

@@ -332,7 +332,7 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
         return Rows(here, torch.tensor(numbers, device=device))
 
     for layer in layers:
-        here = tuple(name for name in dict.fromkeys(names) if name in layer.adapters)
+        here = tuple(name for name in layer.adapters if name in names)
         layer.rows = rows(here, layer.weight.device)
     try:
         yield

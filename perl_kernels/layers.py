@@ -2,8 +2,8 @@
 
     y = base_layer(x) + scale * lora_B(lora_A(dropout(x)))     with scale = alpha / R
 
-becomes one op that saves x and s = dropout(x) lora_A^T for backward, nothing else; where each row of
-a batch has an adapter of its own, it is `pk.multi_lora_linear`. Parameters have PEFT's names:
+becomes one op that saves x and s = dropout(x) lora_A^T for backward, nothing else; where the rows
+of a batch have adapters of their own, it is `pk.multi_lora_linear`. Parameters have PEFT's names:
 `lora_A.<adapter>` (R, D) and `lora_B.<adapter>` (O, R), beside `base_layer`.
 """
 
@@ -162,8 +162,8 @@ class LoRALinear(nn.Module):
         dropouts = {adapter.dropout if self.training else 0.0 for adapter in adapters}
         if len(dropouts) > 1:
             raise ValueError(
-                f"adapters {', '.join(rows.names)} differ in dropout, and rows of one batch share a "
-                "mask; give them the same dropout, or use eval mode"
+                f"adapters {', '.join(rows.names)} differ in dropout, and the rows of a batch "
+                "share one mask; give them the same dropout, or use eval mode"
             )
         return multi_lora_linear(
             x,

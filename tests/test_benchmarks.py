@@ -17,7 +17,10 @@ from benchmarks._results import Results, Row
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
-ROOMS = ["lora_linear", "lora_mlp", "linear_log_prob", "linear_kl", "policy_loss", "log_prob"]
+ROOMS = [
+    "lora_linear", "lora_mlp", "multi_lora_linear", "linear_log_prob", "linear_kl", "policy_loss",
+    "log_prob",
+]  # fmt: skip
 
 
 def make_row(**changes):

@@ -166,7 +166,7 @@ def test_law_lora_linear(dtype):
 
 
 # ------------------------------------------------------------------------------------------------
-# multi_lora_linear. Rows as above, and 400: past a block of 120 rows of one adapter. Up to 7
+# multi_lora_linear. Rows as above, and 400: past a block of 120 rows of one adapter. Up to 5
 # adapters, some without a row, with ranks of their own; rows in no order, or in runs.
 # ------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ def multi_case(index: int, dtype: torch.dtype):
     torch.manual_seed(index)
     adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
     n, d = choose.choice([1, 7, 33, 64, 259, 400]), choose.choice([1, 3, 17, 123, 256])
-    o, count = choose.choice([1, 7, 45, 193, 385]), choose.choice([1, 2, 3, 7])
+    o, count = choose.choice([1, 7, 45, 193, 385]), choose.choice([1, 2, 3, 5])
     tensors = {"x": laid_out(choose, torch.randn(n, d).to(dtype)).requires_grad_()}
     for g in range(count):
         rank = choose.choice([1, 5, 16, 33, 129])
@@ -215,7 +215,7 @@ def multi_results(tensors, scale, adapter, dy, p, seed, compiled: bool):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_law_multi_lora_linear(dtype):
     law = Law(dtype)
-    for case in range(80):
+    for case in range(36):
         torch.set_num_threads(1 + case % 2)
         tensors, *rest = multi_case(case, dtype)
         law.add(
