@@ -132,8 +132,7 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
         _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
         _call_log_prob(log_prob, dtype, with_ref=True)
         if every:
-            _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8, 16), dropout_p=0.1)
-            _call_multi_lora_linear(multi, dtype, rows=16, ranks=(64,) * 20, dropout_p=0.0)
+            _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8), dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=256, dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=64, rank=64, dropout_p=0.0)
