@@ -61,6 +61,7 @@ void drop_rows(const Tensor& x, const Dropout& dropout, float gain, Tensor& out)
 // ones start anew; in 16 bits that would round once more.
 void add_product(Tensor& c, const Tensor& left, const Tensor& right, double alpha) {
   constexpr int64_t SHORT = 64;
+  if (left.size(1) == 0) return;  // an adapter of rank 0; ATen would multiply c by 1
   if (c.scalar_type() == at::kFloat && left.size(1) > SHORT) {
     c.add_(at::mm(left, right), alpha);
   } else {
@@ -98,7 +99,7 @@ Tensor s_by_aten(const Tensor& x, const Projections& p, const Dropout& dropout) 
 
 void y_by_aten(const Tensor& x, const Tensor& s, const Projections& p, int64_t i, Tensor& y) {
   const Tensor s_i = p.part(s, i), b = p.b[i].to(x.scalar_type()).t();
-  if (x.scalar_type() != at::kFloat) {
+  if (x.scalar_type() != at::kFloat && p.rank(i) > 0) {
     // In 16 bits sums are longer than results anyway, and the short product is the cheaper one to
     // write first and read again.
     at::addmm_out(y, p.bias.empty() ? y : p.bias[i], s_i, b, p.bias.empty() ? 0 : 1, p.scale[i]);

@@ -261,18 +261,15 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
       sorted_dy, ds, need_dx ? &dx : nullptr);
   if (!need_dab) return {dx, {}, {}};
   const Tensor sorted_x = gathered(x, segments, dropout);
+  if (dropout.active()) ds.mul_(dropout.gain());  // and x stays as it was rounded
   std::vector<Tensor> da, db;
   for (int64_t g = 0; g < static_cast<int64_t>(a.size()); ++g) {
-    const int64_t R_g = a[g].size(0);
-    da.push_back(at::empty(a[g].sizes(), a[g].options()));
-    transposed_product(
-        Matrix(segments.part(ds, g).slice(1, 0, R_g)), Matrix(segments.part(sorted_x, g)),
-        dropout.gain(), da.back());
-    Tensor transposed = at::empty({R_g, weight.size(0)}, b[g].options());
-    transposed_product(
-        Matrix(segments.part(s, g).slice(1, 0, R_g)), Matrix(segments.part(sorted_dy, g)),
-        static_cast<float>(scale[g]), transposed);
-    db.push_back(transposed.t().contiguous());
+    const Projections p(weight, {}, a[g], b[g], scale[g]);
+    const int64_t R_g = p.rank();
+    const Tensor ds_g = segments.part(ds, g).slice(1, 0, R_g);
+    const Tensor s_g = segments.part(s, g).slice(1, 0, R_g);
+    da.push_back(gradients_of_a(ds_g, segments.part(sorted_x, g), p, none)[0]);
+    db.push_back(gradients_of_b(segments.part(sorted_dy, g), s_g, p)[0]);
   }
   return {dx, da, db};
 }
