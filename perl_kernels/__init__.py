@@ -21,6 +21,7 @@ from .adapters import (
     unload_lora,
     unmerge_lora,
 )
+from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
 from .log_prob import kl, log_prob
@@ -39,6 +40,7 @@ __all__ = [
     "adapter_parameters",
     "apply_lora",
     "disable_adapters",
+    "explain",
     "kl",
     "linear_kl",
     "linear_log_prob",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._arguments import FLOATS
 from .lora_linear import lora_linear
@@ -40,7 +41,8 @@ class LoRALinear(nn.Module):
     """A frozen nn.Linear or transformers Conv1D with low-rank adapters on top.
 
     One adapter is active at a time. When it is not there, or the layer is disabled or merged, the
-    layer is its base layer and nothing more.
+    layer is its base layer and nothing more. A base that has to be called, because it has hooks or
+    a forward of its own, is called, and the adapter is added in plain torch.
 
     Args:
         base_layer: the module to wrap, in any floating type; its parameters are frozen here.
@@ -124,14 +126,20 @@ class LoRALinear(nn.Module):
         adapter = self.adapters.get(name)
         if adapter is None or self.disabled or self.merged is not None:
             return base(x)
+        a, b = self.lora_A[name], self.lora_B[name]
+        dropout_p = adapter.dropout if self.training else 0.0
+        if why_unfused(base):
+            y = base(x)
+            s = F.linear(F.dropout(x.to(a.dtype), dropout_p), a)
+            return (y + adapter.scale * F.linear(s, b)).to(y.dtype)
         return lora_linear(
             x,
             base.weight.t() if self.transposed else base.weight,
-            self.lora_A[name],
-            self.lora_B[name],
+            a,
+            b,
             bias=base.bias,
             scale=adapter.scale,
-            dropout_p=adapter.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
         )
 
     def merge(self, name: str) -> None:
@@ -158,15 +166,43 @@ class LoRALinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for modules that compute x weight^T + bias: nn.Linear and transformers' Conv1D.
+    """True for nn.Linear, transformers' Conv1D and their subclasses.
 
-    Subclasses count as long as they inherit `forward`. The projection inside nn.MultiheadAttention
-    does not count: its weight is read there without a call to the module.
+    The projection inside nn.MultiheadAttention does not count: its weight is read there without a
+    call to the module.
     """
+    return isinstance(module, _linear_kinds()) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+
+
+def _linear_kinds() -> tuple[type[nn.Module], ...]:
     transformers = sys.modules.get("transformers.pytorch_utils")  # unloaded: no Conv1D exists yet
-    kinds = (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
-    return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    return (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
+
+
+def why_unfused(base: nn.Module) -> str:
+    """Why a linear module has to be called; "" where its weight and bias say all that it does."""
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and all(
+        forward is not kind.forward for kind in _linear_kinds()
+    ):
+        return f"{type(base).__name__} has a forward of its own"
+    if "forward" in vars(base):
+        return "its forward was replaced"
+    if has_hooks(base):
+        return "it has hooks"
+    if hasattr(type(base.weight), "__tensor_flatten__"):
+        return f"its weight is a {type(base.weight).__name__}"
+    return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -29,7 +29,7 @@ from .adapters import (
     find_targets,
     lora_layers,
 )
-from .layers import Adapter, LoRALinear, features_of, is_linear
+from .layers import Adapter, LoRALinear, features_of, has_hooks, is_linear, why_unfused
 from .lora_linear import lora_linear
 
 __all__ = ["accelerate_peft", "load_adapter", "save_adapter"]
@@ -369,8 +369,9 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     In place. Parameters, state_dict keys, saving, set_adapter, disable_adapter and merging are
     PEFT's and unchanged: a layer looks at its active adapters in every call. What is not plain
     LoRA on nn.Linear or Conv1D (DoRA and other variants, a bias in lora_B, several active adapters,
-    adapter_names, quantised bases, embeddings, modules with hooks) is computed by PEFT itself.
-    Call it again after adding an adapter with new target modules.
+    adapter_names, quantised bases, embeddings, expert weights, modules with hooks) is computed by
+    PEFT itself; `pk.explain` lists it with the reason. Call it again after adding an adapter with
+    new target modules.
 
     Returns:
         The same model.
@@ -405,9 +406,9 @@ class _FusedForward:
     """The forward of peft's lora.Linear, where it is plain LoRA with one adapter; else PEFT's."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        name = None if args or kwargs else self._plain_adapter(x.dtype)
-        if name is None:
+        if args or kwargs or why_peft(self, x.dtype):
             return super().forward(x, *args, **kwargs)
+        (name,) = active_in_peft(self)
         base, dropout = self.base_layer, self.lora_dropout[name]
         return lora_linear(
             x,
@@ -419,25 +420,35 @@ class _FusedForward:
             dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
-    def _plain_adapter(self, dtype: torch.dtype) -> str | None:
-        """The adapter to fuse with an x of that dtype; None where PEFT has to compute."""
-        if self.disable_adapters or self.merged:
-            return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant or self.base_layer.weight.requires_grad:
-            return None
-        a, b = self.lora_A[names[0]], self.lora_B[names[0]]
-        fits = a.weight.dtype == dtype or (
-            a.weight.dtype == torch.float32 and dtype != torch.float64
-        )
-        hooked = any(_has_hooks(module) for module in (self.base_layer, a, b))
-        return names[0] if fits and not hooked and b.bias is None else None
+
+def active_in_peft(layer: nn.Module) -> list[str]:
+    """The adapters that a LoRA layer of peft's has and that are active in it."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def why_peft(layer: nn.Module, dtype: torch.dtype) -> str:
+    """Why PEFT's own code computes this layer for an x of that dtype; "" where `lora_linear` does.
+
+    The layer is one of PEFT's; accelerate_peft was called or not.
+    """
+    if not isinstance(layer, _FusedForward):
+        if hasattr(layer, "lora_A") and is_linear(layer.get_base_layer()):
+            return f"{type(layer).__name__} was added after accelerate_peft, or that was not called"
+        return f"{type(layer).__name__} is not a linear layer of PEFT's"
+    if layer.disable_adapters or layer.merged:
+        return "adapters are merged" if layer.merged else "adapters are disabled"
+    names = active_in_peft(layer)
+    if len(names) != 1:
+        return f"{len(names)} active adapters; one is fused"
+    a, b = layer.lora_A[names[0]], layer.lora_B[names[0]]
+    if names[0] in layer.lora_variant:
+        return f"{type(layer.lora_variant[names[0]]).__name__} is not plain LoRA"
+    if layer.base_layer.weight.requires_grad:
+        return "its base weight is trained"
+    if b.bias is not None:
+        return "lora_B has a bias"
+    if a.weight.dtype != dtype and (a.weight.dtype != torch.float32 or dtype == torch.float64):
+        return f"its adapter is {a.weight.dtype} and x is {dtype}"
+    if has_hooks(a) or has_hooks(b):
+        return "its adapter has hooks"
+    return why_unfused(layer.base_layer)
