@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ._library import backend_of, missing
-from .layers import LoRALinear, why_unfused
+from .layers import LoRALayer, LoRALinear, why_unfused
 from .peft import active_in_peft, why_peft
 
 __all__ = ["Explanation", "ModuleRoute", "explain"]
@@ -92,13 +92,16 @@ def explain(model: nn.Module) -> Explanation:
 
 def _rows(model: nn.Module) -> Iterator[ModuleRoute]:
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             yield _ours(name, module)
         elif hasattr(module, "lora_A") and hasattr(module, "base_layer"):
             yield _pefts(name, module)
 
 
-def _ours(name: str, layer: LoRALinear) -> ModuleRoute:
+def _ours(name: str, layer: LoRALayer) -> ModuleRoute:
+    base = layer.base_layer
+    while isinstance(base, LoRALayer):
+        base = base.base_layer
     active = (layer.active_adapter,) if layer.active_adapter in layer.adapters else ()
     if layer.merged is not None:
         route, why = "base", f"adapter {layer.merged!r} is merged"
@@ -106,14 +109,18 @@ def _ours(name: str, layer: LoRALinear) -> ModuleRoute:
         route, why = "base", "adapters are disabled"
     elif not active:
         route, why = "base", f"it has no adapter {layer.active_adapter!r}"
-    elif why := why_unfused(layer.base_layer):
+    elif not isinstance(layer, LoRALinear):
+        route, why = (
+            "plain LoRA",
+            f"{layer.weight_path} of {type(base).__name__} is no linear module",
+        )
+    elif why := why_unfused(base):
         route = "plain LoRA"
     else:
         route, why = "lora_linear", _backend(layer)
     ranks = {name: adapter.r for name, adapter in layer.adapters.items()}
-    base = layer.base_layer
     return ModuleRoute(
-        name, type(base).__name__, tuple(base.weight.shape), ranks, active, route, why
+        name, type(base).__name__, tuple(layer.weight.shape), ranks, active, route, why
     )
 
 

@@ -110,7 +110,9 @@ def outputs_and_gradients(model: nn.Module, name: str) -> dict[str, Tensor]:
     result.loss.backward()
     found = {"logits": result.logits.detach(), "loss": result.loss.detach()}
     for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        used = parameter.grad is not None or ".lora_" in key  # a trained bias may not be
+        if parameter.requires_grad and used and ".original_module." not in key:
             key = key.removeprefix("base_model.model.").replace(".default", "")
+            key = key.replace(".modules_to_save.", ".").replace("lora_embedding_", "lora_")
             found[key.removesuffix(".weight") if ".lora_" in key else key] = parameter.grad
     return found

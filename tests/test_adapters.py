@@ -88,7 +88,12 @@ def test_shared_module_is_adapted_once():
         ({"target_modules": ["qproj"]}, "has 'qproj', .* LlamaForCausalLM; .*: down_proj, gate_pr"),
         ({"target_modules": ["q_proj", "fc"]}, "has 'fc', which matches no module"),
         ({"target_modules": "nothing.*"}, r"has 'nothing\.\*', which matches no module"),
-        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding; LoRA here"),
+        ({"target_modules": ["norm"]}, "model.norm is a LlamaRMSNorm; LoRA here adapts nn.Lin"),
+        ({"exclude_modules": r".*proj"}, "exclude_modules, .* leave nothing to adapt"),
+        ({"target_parameters": ["q_proj.weight"]}, "name model.layers.0.self_attn.q_proj in targ"),
+        ({"target_parameters": ["norm.weight"]}, "norm.weight has 1 dimensions; wanted 2 or 3"),
+        ({"target_parameters": ["w"]}, "target_parameters has 'w', which matches no parameter"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save has 'nothing', which matches no mod"),
         ({"target_modules": ["self_attn"]}, "layers.0.self_attn is a LlamaAttention"),
         ({"rank_pattern": {"qproj": 2}}, "pattern 'qproj' matches none of the target modules"),
         ({"dtype": torch.bfloat16}, "adapter dtype is torch.bfloat16; wanted torch.float32"),
@@ -113,6 +118,12 @@ def test_targets_that_do_not_fit_are_refused_and_nothing_is_changed(given, messa
         ({"dropout": 1.0}, r"dropout is 1.0; wanted a probability in \[0, 1\)"),
         ({"dropout": math.nan}, "dropout is nan"),
         ({"target_modules": []}, r"target_modules is \[\]; wanted 'all-linear'"),
+        ({"target_parameters": "w"}, "target_parameters is 'w'; wanted a list of names"),
+        ({"modules_to_save": "norm"}, "modules_to_save is 'norm'; wanted a list of names"),
+        ({"bias": "both"}, "bias is 'both'; wanted 'none', 'lora_only' or 'all'"),
+        ({"layers_to_transform": 0}, "layers_to_transform is 0 and target_modules is 'all-linear'"),
+        ({"layers_pattern": "h", "target_modules": ["fc"]}, "layers_pattern is 'h' without layers"),
+        ({"exclude_modules": "a("}, r"'a\(' is not a regular expression"),
         ({"target_modules": "layers.(0"}, r"'layers.\(0' is not a regular expression"),
         ({"rank_pattern": {"q_proj": 0}}, "r is 0"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha is 0"),
@@ -126,6 +137,26 @@ def test_bad_configurations_are_refused(given, message):
 def test_model_without_linear_modules_is_refused():
     with pytest.raises(ValueError, match="'all-linear', which matches no module of Embedding"):
         pk.apply_lora(nn.Embedding(3, 4), pk.LoRAConfig())
+
+
+@pytest.mark.parametrize("given", [{"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_adapter_that_trains_the_models_own_parameters_is_alone(given):
+    model = pk.apply_lora(tiny_model("qwen2"), pk.LoRAConfig(r=3, **given))
+    ending = ".bias" if "bias" in given else "norm.weight"
+    own = {name for name, _ in model.named_parameters() if ".lora_" not in name}
+    assert trainable(model) & own == {name for name in own if name.endswith(ending)}
+    with pytest.raises(ValueError, match="trained the model's own parameters .* load it beside"):
+        pk.disable_adapters(model).__enter__()
+    with pytest.raises(ValueError, match="has to be the model's only adapter"):
+        pk.apply_lora(model, pk.LoRAConfig(), "second")
+    model = pk.apply_lora(tiny_model("qwen2"), pk.LoRAConfig())
+    with pytest.raises(ValueError, match="has to be the model's only adapter"):
+        pk.apply_lora(model, pk.LoRAConfig(**given), "second")
+
+
+def test_tied_module_is_not_trained_in_full():
+    with pytest.raises(ValueError, match="lm_head.weight, which is tied to .*; name both or untie"):
+        pk.apply_lora(tiny_model("gpt2"), pk.LoRAConfig(modules_to_save=["lm_head"]))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_bad_bases_are_refused_by_name():
     quantised = nn.Linear(D, O).requires_grad_(False)
     quantised.weight = nn.Parameter(torch.zeros(O, D, dtype=torch.int8), requires_grad=False)
     for base, message in (
-        (nn.Embedding(4, 5), "Embedding; LoRA here adapts nn.Linear and Conv1D"),
+        (nn.Embedding(4, 5), "Embedding; LoRALinear adapts nn.Linear and Conv1D"),
         (nn.MultiheadAttention(4, 2).out_proj, "NonDynamicallyQuantizableLinear"),
         (quantised, "quantised bases are not supported"),
     ):
