@@ -11,6 +11,7 @@ lives in those layers, so deepcopy, state_dict and `.to()` work unchanged. Files
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import (
     Adapter,
@@ -37,6 +38,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "apply_lora",
+    "average_adapters",
     "disable_adapters",
     "merge_lora",
     "set_adapter",
@@ -220,6 +222,12 @@ class Target(NamedTuple):
     module: nn.Module  # or the LoRALayer that it already is
     parameter_name: str | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        if self.parameter_name is None or isinstance(self.module, LoRALayer):
+            return self.module.weight
+        return self.module.get_parameter(self.parameter_name)
+
 
 def target_name(name: str, parameter_name: str | None) -> str:
     """What patterns and target_parameters match: without a LoRALayer's own part of the name."""
@@ -389,9 +397,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
             f"the model already has an adapter {adapter_name!r}; choose another adapter_name"
         )
     _check_alone(model, config)
-    for module, parameter_name in targets.values():
-        weight = module.weight if parameter_name is None else module.get_parameter(parameter_name)
-        adapter_dtype(weight.dtype, config.dtype)
+    for target in targets.values():
+        adapter_dtype(target.weight.dtype, config.dtype)
     if not layers:
         model.requires_grad_(False)
     active = layers[0].active_adapter if layers else adapter_name
@@ -576,3 +583,71 @@ def _check_not_merged(model: nn.Module) -> None:
     merged = {layer.merged for layer in lora_layers(model).values()} - {None}
     if merged:
         raise ValueError(f"adapter {merged.pop()!r} is merged; call unmerge_lora(model) first")
+
+
+# ------------------------------------------------------------------------------------------------
+# Combine
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def average_adapters(
+    model: nn.Module,
+    adapter_names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    new_name: str = "average",
+    *,
+    r: int | None = None,
+) -> None:
+    """Add an adapter whose change of every weight is the weighted sum of the others' changes.
+
+        scale B A = sum_i w_i scale_i B_i A_i       A = [A_1; A_2; ...]   B = [w_1 scale_1 B_1, ...]
+
+    Laying the factors side by side gives that sum exactly, with the sum of the ranks (PEFT's
+    add_weighted_adapter calls it "cat"); averaging A and B apart would give products of one
+    adapter's A with another's B. With `r` the sum is cut to its best approximation of that rank in
+    the Frobenius norm (PEFT's "svd"), made from the factors without the (O, D) product.
+
+    Averages of reward models fine-tuned apart, WARM (Rame et al., arXiv 2401.12187), and of
+    policies, are made so. The new adapter waits, frozen, for `set_adapter`; it has no dropout.
+
+    Args:
+        adapter_names: two or more that the model has; a module without one counts as unchanged.
+        weights: one for each name, any finite number. None: equal ones that sum to 1.
+        r: rank of the result; None: the sum of the ranks, which is exact.
+
+    Raises:
+        ValueError: an adapter is not there or new_name is, weights do not fit, or one is merged.
+    """
+    names = list(adapter_names)
+    weights = [1 / len(names)] * len(names) if weights is None else list(weights)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"adapter_names is {names}; wanted two different ones or more")
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights is {weights}; wanted a finite number for each of {names}")
+    if r is not None:
+        check_adapter(r, 1.0, 0.0)
+    layers = {key: layer for name in names for key, layer in lora_layers(model, name).items()}
+    _check_not_merged(model)
+    if any(new_name in layer.adapters for layer in lora_layers(model).values()):
+        raise ValueError(f"the model already has an adapter {new_name!r}; choose another new_name")
+    for layer in layers.values():
+        wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+        here = {n: w for n, w in zip(names, weights, strict=True) if n in layer.adapters}
+        factors = {name: layer.factors(name, wide) for name in here}
+        a = torch.cat([factors[n][0] for n in here], dim=-2)
+        b = torch.cat([here[n] * layer.adapters[n].scale * factors[n][1] for n in here], dim=-1)
+        if r is not None and r < a.shape[-2]:
+            a, b = _cut(a, b, r)
+        rank, dtype = a.shape[-2], layer.lora_A[next(iter(here))].dtype
+        layer.add_adapter(new_name, rank, rank, dtype=dtype)  # alpha = r: its scale is 1
+        layer.set_factors(new_name, a, b)
+
+
+def _cut(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The best factors of rank r of B A: its singular values are those of the two triangles'."""
+    q_a, t_a = torch.linalg.qr(a.mT)
+    q_b, t_b = torch.linalg.qr(b)
+    u, s, v = torch.linalg.svd(t_b @ t_a.mT)
+    root = s[..., :r].sqrt()
+    return (q_a @ (v.mT[..., :r] * root[..., None, :])).mT, q_b @ (u[..., :r] * root[..., None, :])

@@ -141,12 +141,25 @@ class LoRALayer(nn.Module):
     def _add_delta(self, name: str, sign: float) -> None:
         weight = self.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        delta = self._product(self.lora_A[name].to(wide), self.lora_B[name].to(wide))
-        weight.copy_(weight.to(wide) + sign * self.adapters[name].scale * delta)
+        weight.copy_(weight.to(wide) + sign * self.delta(name, wide))
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """B A in the weight's shape."""
-        return b @ a
+    def delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """scale * B A, computed in that type, in the weight's shape."""
+        a, b = self.factors(name, dtype)
+        delta = self.adapters[name].scale * (b @ a)
+        return (delta.mT if self.transposed else delta).reshape(self.weight.shape)
+
+    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (E, R, D) and B (E, O, R) of the E weights that lie in one parameter; E is mostly 1."""
+        a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+        b = b.view(self.out_features, -1, self.stacked).permute(2, 0, 1)
+        return a.view(self.stacked, -1, self.in_features), b
+
+    @torch.no_grad()
+    def set_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Give an adapter other values, in the shapes of `factors`."""
+        self.lora_A[name].copy_(a.reshape(-1, self.in_features))
+        self.lora_B[name].copy_(b.permute(1, 2, 0).reshape(self.out_features, -1))
 
     def extra_repr(self) -> str:
         described = (f"{name}: r={adapter.r}" for name, adapter in self.adapters.items())
@@ -174,9 +187,6 @@ class LoRALinear(LoRALayer):
         super().__init__(base_layer, dimensions_of(base_layer))
         base_layer.requires_grad_(False)
         self.transposed = not isinstance(base_layer, nn.Linear)  # Conv1D keeps weight as (D, O)
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (b @ a).t() if self.transposed else b @ a
 
     @property
     def bias(self) -> Tensor | None:
@@ -214,10 +224,8 @@ class LoRAEmbedding(LoRALayer):
 
     def __init__(self, base_layer: nn.Embedding) -> None:
         super().__init__(base_layer, dimensions_of(base_layer))
+        self.transposed = True
         base_layer.requires_grad_(False)
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (b @ a).t()
 
     def _initialise(self, a: Tensor, b: Tensor) -> None:
         nn.init.zeros_(a)
@@ -255,21 +263,12 @@ class LoRAParameter(LoRALayer):
     def weight(self) -> Tensor:
         return self.base_layer.get_parameter(self.weight_path)
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.weight.ndim == 2:
-            return b @ a
-        a = a.view(self.stacked, -1, self.in_features)  # (E, R, D)
-        b = b.view(self.out_features, -1, self.stacked).permute(2, 0, 1)  # (E, O, R)
-        return (b @ a).mT if self.transposed else b @ a
-
     def forward(self, *args: object, **kwargs: object) -> object:
         name, base = self.active_adapter, self.base_layer
-        adapter = self.acting
-        if adapter is None:
+        if self.acting is None:
             return base(*args, **kwargs)
         weight = self.weight
-        delta = self._product(self.lora_A[name], self.lora_B[name])
-        weight = weight + (adapter.scale * delta).to(weight.dtype)
+        weight = weight + self.delta(name, self.lora_A[name].dtype).to(weight.dtype)
         return functional_call(base, {self.weight_path: weight}, args, kwargs)
 
 

@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
+from _architectures import build
 from _tiny import FAMILIES, VOCABULARY, difference, logits_of, stir, tiny_model, tokens
+from peft import PeftModel
 from torch import nn
 
 import perl_kernels as pk
+from perl_kernels.layers import LoRALayer
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -370,6 +373,99 @@ def test_tied_head_leaves_the_embedding_alone_and_merges_only_untied(family):
     pk.merge_lora(model)
     assert difference(logits_of(model), with_adapter) < 1e-5
     assert torch.equal(embedding, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Combine
+# ------------------------------------------------------------------------------------------------
+
+
+def three_adapters() -> nn.Module:
+    """Other ranks, scales and targets: linear, embedding and expert weights."""
+    model = build("Mixtral")
+    experts = ["gate_up_proj", "down_proj"]
+    for name, config in {
+        "one": pk.LoRAConfig(r=3, alpha=5, target_parameters=experts),
+        "two": pk.LoRAConfig(r=2, target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+        "three": pk.LoRAConfig(r=1, target_parameters=experts, rank_pattern={"v_proj": 4}),
+    }.items():
+        pk.apply_lora(model, config, name)
+    stir(model)
+    return model.double()
+
+
+def deltas(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+    return {n: m.delta(name, torch.float64) for n, m in layers.items() if name in m.adapters}
+
+
+def test_average_is_the_weighted_sum_of_the_changes():
+    model, weights = three_adapters(), {"one": 0.5, "two": 1.5, "three": -0.25}
+    pk.average_adapters(model, list(weights), list(weights.values()), "mean")
+    got = deltas(model, "mean")
+    assert len(got) == 2 * (4 + 2) + 1
+    for key, delta in got.items():
+        of = {n: deltas(model, n).get(key) for n in weights}
+        wanted = sum(w * of[n] for n, w in weights.items() if of[n] is not None)
+        assert difference(delta, wanted) < 1e-14, key
+    layer = model.model.layers[0].self_attn
+    assert layer.q_proj.adapters["mean"].r == 3 + 2 + 1
+    assert layer.v_proj.adapters["mean"].r == 3 + 4
+    assert not any(p.requires_grad for p in pk.adapter_parameters(model, "mean").values())
+    pk.average_adapters(model, ["one", "three"])
+    assert difference(
+        deltas(model, "average")["model.layers.0.self_attn.k_proj"],
+        sum(deltas(model, n)["model.layers.0.self_attn.k_proj"] for n in ("one", "three")) / 2,
+    ) < 1e-14  # fmt: skip
+
+
+def test_average_cut_to_a_rank_is_the_best_of_that_rank():
+    model = three_adapters()
+    pk.average_adapters(model, ["one", "two", "three"], new_name="whole")
+    pk.average_adapters(model, ["one", "two", "three"], new_name="cut", r=2)
+    for key, whole in deltas(model, "whole").items():
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        wanted = u[..., :2] * s[..., None, :2] @ v[..., :2, :]
+        cut = deltas(model, "cut")[key]
+        assert (cut - wanted).abs().max() < 1e-12 * whole.abs().max(), key
+    assert model.model.layers[0].self_attn.q_proj.adapters["cut"].r == 2
+
+
+def test_average_is_pefts_cat(tmp_path):
+    model = two_adapters()
+    for name in ("default", "value"):
+        pk.save_adapter(model, tmp_path / name, name)
+    peers = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "default")
+    peers.load_adapter(tmp_path / "value", "value")
+    peers.add_weighted_adapter(["default", "value"], [0.25, 0.75], "mean", "cat")
+    peers.set_adapter("mean")
+    pk.average_adapters(model, ["default", "value"], [0.25, 0.75], "mean")
+    pk.set_adapter(model, "mean")
+    assert difference(logits_of(model), logits_of(peers)) < 1e-5
+    pk.save_adapter(model, tmp_path / "mean", "mean")
+    again = tiny_model("llama")
+    pk.load_adapter(again, tmp_path / "mean")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter_names": ["default"]}, r"adapter_names is \['default'\]; wanted two different"),
+        ({"adapter_names": ["value", "value"]}, "wanted two different ones or more"),
+        ({"adapter_names": ["default", "other"]}, "no adapter 'other'; the model has"),
+        ({"weights": [1.0]}, r"weights is \[1.0\]; wanted a finite number for each"),
+        ({"weights": [1.0, math.nan]}, "wanted a finite number"),
+        ({"new_name": "value"}, "already has an adapter 'value'; choose another new_name"),
+        ({"r": 0}, "r is 0; wanted a rank"),
+    ],
+)
+def test_averages_that_cannot_be_are_refused(given, message):
+    model = two_adapters()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        pk.average_adapters(model, **{"adapter_names": ["default", "value"], **given})
+    assert list(model.state_dict()) == before
 
 
 # ------------------------------------------------------------------------------------------------
