@@ -16,12 +16,14 @@ from .adapters import (
     adapter_parameters,
     adapters_per_row,
     apply_lora,
+    average_adapters,
     disable_adapters,
     merge_lora,
     set_adapter,
     unload_lora,
     unmerge_lora,
 )
+from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
 from .log_prob import kl, log_prob
@@ -41,7 +43,9 @@ __all__ = [
     "adapter_parameters",
     "adapters_per_row",
     "apply_lora",
+    "average_adapters",
     "disable_adapters",
+    "explain",
     "kl",
     "linear_kl",
     "linear_log_prob",

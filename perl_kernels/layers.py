@@ -5,6 +5,9 @@
 becomes one op that saves x and s = dropout(x) lora_A^T for backward, nothing else; where the rows
 of a batch have adapters of their own, it is `pk.multi_lora_linear`. Parameters have PEFT's names:
 `lora_A.<adapter>` (R, D) and `lora_B.<adapter>` (O, R), beside `base_layer`.
+
+LoRAEmbedding and LoRAParameter are the same for what is no linear module: a table of vectors, and a
+weight that its module reads by itself, as experts stacked in three dimensions are. Unfused.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from ._arguments import FLOATS, shape_of
 from .lora_linear import lora_linear
 from .multi_lora_linear import multi_lora_linear
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "LoRAParameter"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Adapter:
     alpha: float
     dropout: float
     use_rslora: bool
+    bias: str = "none"  # with modules_to_save: what it trains of the model's own parameters
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -46,33 +53,28 @@ class Rows:
     numbers: Tensor  # (B,) int64: an index into names, or -1 for the base alone
 
 
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear or transformers Conv1D with low-rank adapters on top.
+class LoRALayer(nn.Module):
+    """A frozen module and its named low-rank adapters: their parameters, which acts, merging.
 
     One adapter is active at a time, or inside `adapters_per_row` one for each row of the batch.
     When it is not there, or the layer is disabled or merged, the layer is its base layer and
-    nothing more.
-
-    Args:
-        base_layer: the module to wrap, in any floating type; its parameters are frozen here.
-
-    Raises:
-        ValueError: base_layer is of another kind, or quantised.
+    nothing more. How it computes otherwise is its kind's `forward`.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    weight_path = "weight"  # from base_layer
+    parameter_name: str | None = None  # of a parameter that its module reads by itself
+
+    def __init__(self, base_layer: nn.Module, dimensions: tuple[int, int, int]) -> None:
         super().__init__()
-        check_base(type(base_layer).__name__, base_layer)
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = base_layer
+        self.stacked, self.out_features, self.in_features = dimensions
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.adapters: dict[str, Adapter] = {}
         self.active_adapter: str | None = None
         self.disabled = False
         self.rows: Rows | None = None  # inside adapters_per_row: goes before active_adapter
-        self.merged: str | None = None  # the adapter whose delta is inside base_layer.weight
-        self.transposed = not isinstance(base_layer, nn.Linear)  # Conv1D keeps weight as (D, O)
-        self.out_features, self.in_features = features_of(base_layer)
+        self.merged: str | None = None  # the adapter whose delta is inside the weight
         self.train(base_layer.training)
 
     @property
@@ -81,8 +83,10 @@ class LoRALinear(nn.Module):
         return self.base_layer.weight
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def acting(self) -> Adapter | None:
+        """The active adapter, where it changes what the layer computes."""
+        off = self.disabled or self.merged is not None or self.rows is not None
+        return None if off else self.adapters.get(self.active_adapter)
 
     def add_adapter(
         self,
@@ -96,8 +100,9 @@ class LoRALinear(nn.Module):
     ) -> None:
         """Add an adapter that changes nothing yet: A is Kaiming uniform, B is zero.
 
-        Hu et al., arXiv 2106.09685, with the uniform bounds of nn.Linear as PEFT has them. The
-        first adapter becomes the active one; a later one waits, frozen, for `set_adapter`.
+        Hu et al., arXiv 2106.09685, with the uniform bounds of nn.Linear as PEFT has them; of an
+        embedding A is zero and B normal. The first adapter becomes the active one; a later one
+        waits, frozen, for `set_adapter`.
 
         Args:
             dtype: of A and B. None: float32 over a bfloat16 or float16 base, else the base's.
@@ -110,18 +115,21 @@ class LoRALinear(nn.Module):
             raise ValueError(f"adapter {name!r} is already here; choose another name")
         if not name or "." in name or hasattr(self.lora_A, name):
             raise ValueError(f"adapter name is {name!r}; wanted a plain name without a dot")
-        weight = self.base_layer.weight
+        weight = self.weight
         options = {"dtype": adapter_dtype(weight.dtype, dtype), "device": weight.device}
-        a = torch.empty(r, self.in_features, **options)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        a = torch.empty(r * self.stacked, self.in_features, **options)
+        b = torch.empty(self.out_features, r * self.stacked, **options)
+        self._initialise(a, b)
         active = self.active_adapter is None or self.active_adapter == name
         self.lora_A[name] = nn.Parameter(a, requires_grad=active)
-        self.lora_B[name] = nn.Parameter(
-            torch.zeros(self.out_features, r, **options), requires_grad=active
-        )
+        self.lora_B[name] = nn.Parameter(b, requires_grad=active)
         self.adapters[name] = Adapter(r, alpha, dropout, use_rslora)
         if self.active_adapter is None:
             self.active_adapter = name
+
+    def _initialise(self, a: Tensor, b: Tensor) -> None:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b)
 
     def set_adapter(self, name: str, *, freeze_others: bool = True) -> None:
         """Make `name` active; where the layer has no such adapter it is its base layer."""
@@ -131,15 +139,81 @@ class LoRALinear(nn.Module):
                 self.lora_A[key].requires_grad_(key == name)
                 self.lora_B[key].requires_grad_(key == name)
 
+    def merge(self, name: str) -> None:
+        """weight += scale * B A, in place, computed in float32 (float64 for a float64 base)."""
+        self._add_delta(name, 1.0)
+        self.merged = name
+
+    def unmerge(self) -> None:
+        """Take the merged delta out again: exact up to the rounding of the two additions."""
+        self._add_delta(self.merged, -1.0)
+        self.merged = None
+
+    @torch.no_grad()
+    def _add_delta(self, name: str, sign: float) -> None:
+        weight = self.weight
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        weight.copy_(weight.to(wide) + sign * self.delta(name, wide))
+
+    def delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """scale * B A, computed in that type, in the weight's shape."""
+        a, b = self.factors(name, dtype)
+        delta = self.adapters[name].scale * (b @ a)
+        return (delta.mT if self.transposed else delta).reshape(self.weight.shape)
+
+    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (E, R, D) and B (E, O, R) of the E weights that lie in one parameter; E is mostly 1."""
+        a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+        b = b.view(self.out_features, -1, self.stacked).permute(2, 0, 1)
+        return a.view(self.stacked, -1, self.in_features), b
+
+    @torch.no_grad()
+    def set_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Give an adapter other values, in the shapes of `factors`."""
+        self.lora_A[name].copy_(a.reshape(-1, self.in_features))
+        self.lora_B[name].copy_(b.permute(1, 2, 0).reshape(self.out_features, -1))
+
+    def extra_repr(self) -> str:
+        described = (f"{name}: r={adapter.r}" for name, adapter in self.adapters.items())
+        return f"{self.in_features}, {self.out_features}, adapters=({', '.join(described)})"
+
+
+class LoRALinear(LoRALayer):
+    """A frozen nn.Linear or transformers Conv1D with low-rank adapters on top.
+
+    A base that has to be called, because it has hooks or a forward of its own, is called, and the
+    adapter is added in plain torch.
+
+    Args:
+        base_layer: the module to wrap, in any floating type; its parameters are frozen here.
+
+    Raises:
+        ValueError: base_layer is of another kind, or quantised.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        kind = type(base_layer).__name__
+        if not is_linear(base_layer):
+            raise ValueError(f"base_layer is a {kind}; LoRALinear adapts nn.Linear and Conv1D")
+        check_weight(kind, base_layer.weight)
+        super().__init__(base_layer, dimensions_of(base_layer))
+        base_layer.requires_grad_(False)
+        self.transposed = not isinstance(base_layer, nn.Linear)  # Conv1D keeps weight as (D, O)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., O)
         name, base = self.active_adapter, self.base_layer
-        if self.disabled or self.merged is not None:
-            return base(x)
-        if self.rows is not None:
+        if self.rows is not None and not self.disabled:
             return self._forward_per_row(x, self.rows)
-        adapter = self.adapters.get(name)
+        adapter = self.acting
         if adapter is None:
             return base(x)
+        if why_unfused(base):
+            y = base(x)
+            return (y + self._term(name, x)).to(y.dtype)
         return lora_linear(
             x,
             base.weight.t() if self.transposed else base.weight,
@@ -150,6 +224,12 @@ class LoRALinear(nn.Module):
             dropout_p=adapter.dropout if self.training else 0.0,
         )
 
+    def _term(self, name: str, x: Tensor) -> Tensor:
+        """scale * B A dropout(x) in plain torch, in the adapter's type."""
+        a, b, adapter = self.lora_A[name], self.lora_B[name], self.adapters[name]
+        s = F.linear(F.dropout(x.to(a.dtype), adapter.dropout, self.training), a)
+        return adapter.scale * F.linear(s, b)
+
     def _forward_per_row(self, x: Tensor, rows: Rows) -> Tensor:  # (B, ..., D) -> (B, ..., O)
         base, adapters = self.base_layer, [self.adapters[name] for name in rows.names]
         if x.ndim < 2 or len(x) != len(rows.numbers):
@@ -159,6 +239,12 @@ class LoRALinear(nn.Module):
             )
         if not adapters:
             return base(x)
+        if why_unfused(base):
+            y = base(x)
+            for i, name in enumerate(rows.names):
+                mine = (rows.numbers == i).nonzero()[:, 0]
+                y = y.index_add(0, mine, self._term(name, x[mine]).to(y.dtype))
+            return y
         dropouts = {adapter.dropout if self.training else 0.0 for adapter in adapters}
         if len(dropouts) > 1:
             raise ValueError(
@@ -176,59 +262,131 @@ class LoRALinear(nn.Module):
             dropout_p=dropouts.pop(),
         )
 
-    def merge(self, name: str) -> None:
-        """weight += scale * B A, in place, computed in float32 (float64 for a float64 base)."""
-        self._add_delta(name, 1.0)
-        self.merged = name
 
-    def unmerge(self) -> None:
-        """Take the merged delta out again: exact up to the rounding of the two additions."""
-        self._add_delta(self.merged, -1.0)
-        self.merged = None
+class LoRAEmbedding(LoRALayer):
+    """A frozen nn.Embedding (V, O) with low-rank adapters on top: A (R, V), B (O, R).
 
-    @torch.no_grad()
-    def _add_delta(self, name: str, sign: float) -> None:
-        weight = self.base_layer.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        delta = self.lora_B[name].to(wide) @ self.lora_A[name].to(wide)
-        delta *= sign * self.adapters[name].scale
-        weight.copy_(weight.to(wide) + (delta.t() if self.transposed else delta))
+    The rows of A^T are looked up by the base layer's own forward, so that a subclass that scales
+    its vectors or counts its rows from elsewhere does so for the adapter too. There is no dropout:
+    indices have no elements to drop.
+    """
 
-    def extra_repr(self) -> str:
-        described = (f"{name}: r={adapter.r}" for name, adapter in self.adapters.items())
-        return f"{self.in_features}, {self.out_features}, adapters=({', '.join(described)})"
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__(base_layer, dimensions_of(base_layer))
+        self.transposed = True
+        base_layer.requires_grad_(False)
+
+    def _initialise(self, a: Tensor, b: Tensor) -> None:
+        nn.init.zeros_(a)
+        nn.init.normal_(b)
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        name, base = self.active_adapter, self.base_layer
+        adapter = self.acting
+        if adapter is None:
+            return base(*args, **kwargs)
+        y = base(*args, **kwargs)
+        s = functional_call(base, {"weight": self.lora_A[name].t()}, args, kwargs)
+        return (y + adapter.scale * F.linear(s, self.lora_B[name])).to(y.dtype)
+
+
+class LoRAParameter(LoRALayer):
+    """A frozen module that reads a parameter by itself, with low-rank adapters on that parameter.
+
+    The module runs with W + scale * B A in the parameter's place. W is (O, D), or E such weights
+    stacked, (E, O, D) or (E, D, O) where the module says `is_transposed`, as the experts of a
+    mixture are. Then A is (R E, D), expert by expert, and B (O, R E), rank by rank: PEFT's layout.
+    A module with several such parameters is wrapped once for each, one wrapper inside the other.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str) -> None:
+        owner, path = base_layer, parameter_name
+        while isinstance(owner, LoRAParameter):
+            owner, path = owner.base_layer, f"base_layer.{path}"
+        super().__init__(base_layer, dimensions_of(owner, parameter_name))
+        self.parameter_name, self.weight_path = parameter_name, path
+        self.transposed = is_transposed(owner, parameter_name)
+        self.weight.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.get_parameter(self.weight_path)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        name, base = self.active_adapter, self.base_layer
+        if self.acting is None:
+            return base(*args, **kwargs)
+        weight = self.weight
+        weight = weight + self.delta(name, self.lora_A[name].dtype).to(weight.dtype)
+        return functional_call(base, {self.weight_path: weight}, args, kwargs)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for modules that compute x weight^T + bias: nn.Linear and transformers' Conv1D.
+    """True for nn.Linear, transformers' Conv1D and their subclasses.
 
-    Subclasses count as long as they inherit `forward`. The projection inside nn.MultiheadAttention
-    does not count: its weight is read there without a call to the module.
+    The projection inside nn.MultiheadAttention does not count: its weight is read there without a
+    call to the module.
     """
-    transformers = sys.modules.get("transformers.pytorch_utils")  # unloaded: no Conv1D exists yet
-    kinds = (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
-    return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    return isinstance(module, _linear_kinds()) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
 
 
-def features_of(module: nn.Module) -> tuple[int, int]:
-    """(O, D) of a linear module or a LoRALinear."""
-    if isinstance(module, LoRALinear):
-        return module.out_features, module.in_features
-    rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+def _linear_kinds() -> tuple[type[nn.Module], ...]:
+    transformers = sys.modules.get("transformers.pytorch_utils")  # unloaded: no Conv1D exists yet
+    return (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
 
 
-def check_base(name: str, module: nn.Module) -> None:
-    """Refuse, by name, a module that cannot carry an adapter."""
-    kind = type(module).__name__
-    if not is_linear(module):
-        raise ValueError(f"{name} is a {kind}; LoRA here adapts nn.Linear and Conv1D")
-    if module.weight.dtype not in FLOATS:
+def why_unfused(base: nn.Module) -> str:
+    """Why a linear module has to be called; "" where its weight and bias say all that it does."""
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and all(
+        forward is not kind.forward for kind in _linear_kinds()
+    ):
+        return f"{type(base).__name__} has a forward of its own"
+    if "forward" in vars(base):
+        return "its forward was replaced"
+    if has_hooks(base):
+        return "it has hooks"
+    if hasattr(type(base.weight), "__tensor_flatten__"):
+        return f"its weight is a {type(base.weight).__name__}"
+    return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def dimensions_of(module: nn.Module, parameter_name: str | None = None) -> tuple[int, int, int]:
+    """(E, O, D): the E weights of O x D in a linear module, an embedding or one parameter."""
+    if isinstance(module, LoRALayer):
+        return module.stacked, module.out_features, module.in_features
+    if parameter_name is None:
+        rows, columns = module.weight.shape
+        return (1, rows, columns) if isinstance(module, nn.Linear) else (1, columns, rows)
+    *stack, rows, columns = module.get_parameter(parameter_name).shape
+    if is_transposed(module, parameter_name):
+        rows, columns = columns, rows
+    return math.prod(stack), rows, columns
+
+
+def is_transposed(module: nn.Module, parameter_name: str) -> bool:
+    """Whether stacked weights are (E, D, O), which transformers' experts say of themselves."""
+    stacked = module.get_parameter(parameter_name).ndim == 3
+    return stacked and getattr(module, "is_transposed", False)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Refuse, by name, a weight that cannot carry an adapter."""
+    if weight.dtype not in FLOATS:
         raise ValueError(
-            f"{name} is a {kind} with a {module.weight.dtype} weight; quantised bases are not "
-            "supported, load the model in bfloat16 or float32"
+            f"{name} has a {weight.dtype} weight; quantised bases are not supported, load the "
+            "model in bfloat16 or float32"
         )
 
 

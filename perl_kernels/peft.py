@@ -2,12 +2,13 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. Ours loads in the peft package
 (`PeftModel.from_pretrained(model, folder)`) and PEFT's loads here, with equal outputs. Nothing is
-unpickled. What a folder asks for and plain LoRA does not have (DoRA, a trained bias, ...) is
+unpickled. What a folder asks for and plain LoRA does not have (DoRA, a changed base, ...) is
 refused by name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -24,12 +25,23 @@ from torch import Tensor, nn
 from .adapters import (
     CLASSIFIER_HEADS,
     LoRAConfig,
+    Target,
     adapter_names,
     apply_lora,
     find_targets,
     lora_layers,
+    target_name,
+    trained_beside,
 )
-from .layers import Adapter, LoRALinear, features_of, is_linear
+from .layers import (
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    dimensions_of,
+    has_hooks,
+    is_linear,
+    why_unfused,
+)
 from .lora_linear import lora_linear
 
 __all__ = ["accelerate_peft", "load_adapter", "save_adapter"]
@@ -97,7 +109,11 @@ def save_adapter(
             )
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
-    adapters = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
+    adapters = {
+        target_name(name, layer.parameter_name): layer.adapters[adapter_name]
+        for name, layer in layers.items()
+    }
+    modules = [name for name, layer in layers.items() if layer.parameter_name is None]
     r = _most_common(adapter.r for adapter in adapters.values())
     alpha = _most_common(adapter.alpha for adapter in adapters.values())
     first = next(iter(adapters.values()))
@@ -110,18 +126,25 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.use_rslora,
-        "target_modules": _short_names(model, list(layers)),
+        "target_modules": _short_names(model, modules),
+        "target_parameters": sorted(adapters.keys() - set(modules)) or None,
         "rank_pattern": {_exactly(n): a.r for n, a in adapters.items() if a.r != r},
         "alpha_pattern": {_exactly(n): a.alpha for n, a in adapters.items() if a.alpha != alpha},
-        "fan_in_fan_out": all(layer.transposed for layer in layers.values()),
-        "bias": "none",
+        "fan_in_fan_out": all(
+            isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()
+        ),
+        "bias": first.bias,
         "init_lora_weights": True,
-        "modules_to_save": sorted({key.rpartition(".")[0] for key in modules_to_save}) or None,
+        "modules_to_save": sorted(
+            {key.rpartition(".")[0] for key in modules_to_save}.union(first.modules_to_save)
+        )
+        or None,
     }
-    tensors = {_PREFIX + key: tensor for key, tensor in modules_to_save.items()}
+    tensors = trained_beside(model, first.bias, first.modules_to_save) | modules_to_save
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
+        for key, factors in zip(_keys_of(name, layer), (layer.lora_A, layer.lora_B), strict=True):
+            tensors[key] = factors[adapter_name]
+    tensors = {_PREFIX + key: tensor for key, tensor in tensors.items()}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
 
     folder = Path(folder)
@@ -129,6 +152,13 @@ def save_adapter(
     _write(folder / TENSOR_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
     _write(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _keys_of(name: str, module: nn.Module) -> tuple[str, str]:
+    """The keys of A and B in a file, for a module or the LoRALayer on it."""
+    if isinstance(module, (nn.Embedding, LoRAEmbedding)):
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
 
 
 def _most_common(values: Iterable[float]) -> float:
@@ -172,8 +202,9 @@ def load_adapter(
     and dtype stay as they are in the model.
 
     Returns:
-        The folder's modules_to_save on the CPU, {"score.weight": (1, H)} for a reward adapter, {}
-        for most. A head that the model has itself gets these values too.
+        What the folder has trained beside the adapter, on the CPU: {"score.weight": (1, H)} for a
+        reward adapter, {} for most. Where the model has these parameters it gets the values and
+        trains them too; only a classification head may be missing there.
 
     Raises:
         FileNotFoundError: the folder has no adapter in safetensors.
@@ -184,12 +215,13 @@ def load_adapter(
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     try:
+        config = _without_missing_heads(model, config)
         targets = find_targets(model, config)
         _check_shapes(model, targets, config, tensors)
         exists = adapter_name in adapter_names(model)
         if exists:
             _check_same(lora_layers(model, adapter_name), adapter_name, targets, config)
-        heads = _split_heads(model, targets, tensors)
+        beside = _split_trained(model, targets, config, tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -197,19 +229,21 @@ def load_adapter(
         apply_lora(model, config, adapter_name)
     with torch.no_grad():
         for name, layer in lora_layers(model, adapter_name).items():
-            layer.lora_A[adapter_name].copy_(tensors[f"{name}.lora_A.weight"])
-            layer.lora_B[adapter_name].copy_(tensors[f"{name}.lora_B.weight"])
-        parameters = dict(model.named_parameters())
-        for key in heads.keys() & parameters.keys():
-            parameters[key].copy_(heads[key])
-    return heads
+            a, b = _keys_of(name, layer)
+            layer.lora_A[adapter_name].copy_(tensors[a])
+            layer.lora_B[adapter_name].copy_(tensors[b])
+        parameters = _by_plain_name(model)
+        for key in beside.keys() & parameters.keys():
+            parameters[key].copy_(beside[key])
+    return beside
 
 
 # Keys of adapter_config.json that are read here, and those that change nothing when an adapter is
 # used. Every other key must have a value that means "off".
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern",
-    "alpha_pattern", "init_lora_weights", "modules_to_save",
+    "alpha_pattern", "init_lora_weights", "modules_to_save", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "target_parameters", "bias",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core",
@@ -240,8 +274,6 @@ def _read_config(folder: Path) -> LoRAConfig:
             raise ValueError(
                 f"{path}: {key} is {value!r}, which is not supported; wanted a plain LoRA adapter"
             )
-    for name in given.get("modules_to_save") or ():
-        _check_head(f"{name}.weight")
     try:
         return LoRAConfig(
             r=given["r"],
@@ -251,6 +283,12 @@ def _read_config(folder: Path) -> LoRAConfig:
             use_rslora=given.get("use_rslora", False),
             rank_pattern=given.get("rank_pattern") or {},
             alpha_pattern=given.get("alpha_pattern") or {},
+            exclude_modules=given.get("exclude_modules") or (),
+            layers_to_transform=given.get("layers_to_transform"),
+            layers_pattern=given.get("layers_pattern") or (),
+            target_parameters=given.get("target_parameters") or (),
+            bias=given.get("bias", "none"),
+            modules_to_save=given.get("modules_to_save") or (),
         )
     except KeyError as error:
         raise ValueError(f"{path} has no key {error}") from None
@@ -268,7 +306,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    # with bias="all" PEFT writes the biases of modules_to_save three times, once by the plain name
+    return {
+        key.removeprefix(_PREFIX): tensor
+        for key, tensor in tensors.items()
+        if ".modules_to_save." not in key and ".original_module." not in key
+    }
 
 
 def _check_head(key: str) -> None:
@@ -280,30 +323,43 @@ def _check_head(key: str) -> None:
         )
 
 
+def _without_missing_heads(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """PEFT lists the usual names of heads; those that the model does not have are no modules."""
+    names = [name for name, _ in model.named_modules()]
+    there = [
+        key
+        for key in config.modules_to_save
+        if key not in CLASSIFIER_HEADS or any(name.endswith(key) for name in names)
+    ]
+    return dataclasses.replace(config, modules_to_save=there)
+
+
 def _check_shapes(
     model: nn.Module,
-    targets: dict[str, nn.Module],
+    targets: dict[str, Target],
     config: LoRAConfig,
     tensors: dict[str, Tensor],
 ) -> None:
     """Every target has both tensors, in the shapes that its base and its rank ask for."""
-    for name, module in targets.items():
-        r, (out_features, in_features) = config.rank_of(name), features_of(module)
-        for factor, wanted in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
-            tensor = tensors.get(f"{name}.{factor}.weight")
+    for name, (module, parameter_name) in targets.items():
+        stacked, out_features, in_features = dimensions_of(module, parameter_name)
+        r = stacked * config.rank_of(target_name(name, parameter_name))
+        shapes = (r, in_features), (out_features, r)
+        for key, wanted in zip(_keys_of(name, module), shapes, strict=True):
+            tensor, factor = tensors.get(key), key.removesuffix(".weight")
             if tensor is None:
-                raise ValueError(f"{name}.{factor} is missing; the adapter is of another model")
+                raise ValueError(f"{factor} is missing; the adapter is of another model")
             if tuple(tensor.shape) != wanted:
                 raise ValueError(
-                    f"{name}.{factor} has shape {tuple(tensor.shape)}, this {type(model).__name__} "
+                    f"{factor} has shape {tuple(tensor.shape)}, this {type(model).__name__} "
                     f"wants {wanted}; the adapter is of another model"
                 )
 
 
 def _check_same(
-    layers: dict[str, LoRALinear],
+    layers: dict[str, LoRALayer],
     adapter_name: str,
-    targets: dict[str, nn.Module],
+    targets: dict[str, Target],
     config: LoRAConfig,
 ) -> None:
     """The adapter that the model has is the folder's in everything but its values."""
@@ -314,7 +370,7 @@ def _check_same(
         )
     for name, layer in layers.items():
         here = layer.adapters[adapter_name]
-        there = Adapter(config.rank_of(name), config.alpha_of(name), 0.0, config.use_rslora)
+        there = config.adapter_of(target_name(name, layer.parameter_name))
         if layer.merged == adapter_name:
             raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_lora(model) first")
         if (here.r, here.scale) != (there.r, there.scale):
@@ -322,26 +378,52 @@ def _check_same(
                 f"{name} has adapter {adapter_name!r} with r={here.r} and scale={here.scale}, the "
                 f"folder r={there.r} and scale={there.scale}; choose another adapter_name"
             )
+        if (here.bias, here.modules_to_save) != (there.bias, there.modules_to_save):
+            raise ValueError(
+                f"{name} has adapter {adapter_name!r} with bias={here.bias!r} and modules_to_save="
+                f"{list(here.modules_to_save)}, the folder bias={there.bias!r} and modules_to_save="
+                f"{list(there.modules_to_save)}"
+            )
 
 
-def _split_heads(
-    model: nn.Module, targets: dict[str, nn.Module], tensors: dict[str, Tensor]
+def _by_plain_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters, by the names that they have without adapters."""
+    return {
+        _plain(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _plain(key: str) -> str:
+    return key.replace(".base_layer.", ".")
+
+
+def _split_trained(
+    model: nn.Module,
+    targets: dict[str, Target],
+    config: LoRAConfig,
+    tensors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """What the folder has beside the adapter: heads, or base weights equal to the model's.
+    """What the folder has trained beside the adapter; the rest must be equal to the model's own.
 
     PEFT writes the base weight of an adapted lm_head, and of resized embeddings, into the file.
     """
-    heads = {}
-    parameters = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    of_targets = {f"{name}.{factor}.weight" for name in targets for factor in ("lora_A", "lora_B")}
+    trained = {}
+    parameters = _by_plain_name(model)
+    of_targets = {key for name, (module, _) in targets.items() for key in _keys_of(name, module)}
+    biases = {
+        "none": set(),
+        "lora_only": {f"{name}.bias" for name in targets},
+        "all": {name for name in parameters if name.endswith(".bias")},
+    }[config.bias]
+    wanted = biases & parameters.keys()
+    wanted |= trained_beside(model, "none", config.modules_to_save).keys()
     for key, tensor in tensors.items():
         if key in of_targets:
             continue
+        key = _plain(key)
         is_head = key.rpartition(".")[0] in CLASSIFIER_HEADS
-        here = parameters.get(key.replace(".base_layer.", "."))
+        here = parameters.get(key)
         if here is None and not is_head:
             raise ValueError(f"{key} is unexpected; the adapter is of another model")
         if here is not None and here.shape != tensor.shape:
@@ -349,13 +431,15 @@ def _split_heads(
                 f"{key} has shape {tuple(tensor.shape)}, this {type(model).__name__} wants "
                 f"{tuple(here.shape)}; give the model the size that it had in training"
             )
-        if is_head:
-            heads[key] = tensor
+        if is_head or key in wanted:
+            trained[key] = tensor
         elif not torch.equal(tensor.to(here), here):
             raise ValueError(
-                f"{key} differs from the model's own; trained base weights are not supported"
+                f"{key} differs from the model's own and is not named as trained beside the adapter"
             )
-    return heads
+    if missing := wanted - trained.keys():
+        raise ValueError(f"{sorted(missing)[0]} is missing; the adapter is of another model")
+    return trained
 
 
 # ------------------------------------------------------------------------------------------------
@@ -369,8 +453,9 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
     In place. Parameters, state_dict keys, saving, set_adapter, disable_adapter and merging are
     PEFT's and unchanged: a layer looks at its active adapters in every call. What is not plain
     LoRA on nn.Linear or Conv1D (DoRA and other variants, a bias in lora_B, several active adapters,
-    adapter_names, quantised bases, embeddings, modules with hooks) is computed by PEFT itself.
-    Call it again after adding an adapter with new target modules.
+    adapter_names, quantised bases, embeddings, expert weights, modules with hooks) is computed by
+    PEFT itself; `pk.explain` lists it with the reason. Call it again after adding an adapter with
+    new target modules.
 
     Returns:
         The same model.
@@ -405,9 +490,9 @@ class _FusedForward:
     """The forward of peft's lora.Linear, where it is plain LoRA with one adapter; else PEFT's."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        name = None if args or kwargs else self._plain_adapter(x.dtype)
-        if name is None:
+        if args or kwargs or why_peft(self, x.dtype):
             return super().forward(x, *args, **kwargs)
+        (name,) = active_in_peft(self)
         base, dropout = self.base_layer, self.lora_dropout[name]
         return lora_linear(
             x,
@@ -419,25 +504,35 @@ class _FusedForward:
             dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
-    def _plain_adapter(self, dtype: torch.dtype) -> str | None:
-        """The adapter to fuse with an x of that dtype; None where PEFT has to compute."""
-        if self.disable_adapters or self.merged:
-            return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant or self.base_layer.weight.requires_grad:
-            return None
-        a, b = self.lora_A[names[0]], self.lora_B[names[0]]
-        fits = a.weight.dtype == dtype or (
-            a.weight.dtype == torch.float32 and dtype != torch.float64
-        )
-        hooked = any(_has_hooks(module) for module in (self.base_layer, a, b))
-        return names[0] if fits and not hooked and b.bias is None else None
+
+def active_in_peft(layer: nn.Module) -> list[str]:
+    """The adapters that a LoRA layer of peft's has and that are active in it."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def why_peft(layer: nn.Module, dtype: torch.dtype) -> str:
+    """Why PEFT's own code computes this layer for an x of that dtype; "" where `lora_linear` does.
+
+    The layer is one of PEFT's; accelerate_peft was called or not.
+    """
+    if not isinstance(layer, _FusedForward):
+        if hasattr(layer, "lora_A") and is_linear(layer.get_base_layer()):
+            return f"{type(layer).__name__} was added after accelerate_peft, or that was not called"
+        return f"{type(layer).__name__} is not a linear layer of PEFT's"
+    if layer.disable_adapters or layer.merged:
+        return "adapters are merged" if layer.merged else "adapters are disabled"
+    names = active_in_peft(layer)
+    if len(names) != 1:
+        return f"{len(names)} active adapters; one is fused"
+    a, b = layer.lora_A[names[0]], layer.lora_B[names[0]]
+    if names[0] in layer.lora_variant:
+        return f"{type(layer.lora_variant[names[0]]).__name__} is not plain LoRA"
+    if layer.base_layer.weight.requires_grad:
+        return "its base weight is trained"
+    if b.bias is not None:
+        return "lora_B has a bias"
+    if a.weight.dtype != dtype and (a.weight.dtype != torch.float32 or dtype == torch.float64):
+        return f"its adapter is {a.weight.dtype} and x is {dtype}"
+    if has_hooks(a) or has_hooks(b):
+        return "its adapter has hooks"
+    return why_unfused(layer.base_layer)

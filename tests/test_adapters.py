@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
+from _architectures import build
 from _tiny import FAMILIES, VOCABULARY, difference, logits_of, stir, tiny_model, tokens
+from peft import PeftModel
 from torch import nn
 
 import perl_kernels as pk
+from perl_kernels.layers import LoRALayer
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -88,7 +91,12 @@ def test_shared_module_is_adapted_once():
         ({"target_modules": ["qproj"]}, "has 'qproj', .* LlamaForCausalLM; .*: down_proj, gate_pr"),
         ({"target_modules": ["q_proj", "fc"]}, "has 'fc', which matches no module"),
         ({"target_modules": "nothing.*"}, r"has 'nothing\.\*', which matches no module"),
-        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding; LoRA here"),
+        ({"target_modules": ["norm"]}, "model.norm is a LlamaRMSNorm; LoRA here adapts nn.Lin"),
+        ({"exclude_modules": r".*proj"}, "exclude_modules, .* leave nothing to adapt"),
+        ({"target_parameters": ["q_proj.weight"]}, "name model.layers.0.self_attn.q_proj in targ"),
+        ({"target_parameters": ["norm.weight"]}, "norm.weight has 1 dimensions; wanted 2 or 3"),
+        ({"target_parameters": ["w"]}, "target_parameters has 'w', which matches no parameter"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save has 'nothing', which matches no mod"),
         ({"target_modules": ["self_attn"]}, "layers.0.self_attn is a LlamaAttention"),
         ({"rank_pattern": {"qproj": 2}}, "pattern 'qproj' matches none of the target modules"),
         ({"dtype": torch.bfloat16}, "adapter dtype is torch.bfloat16; wanted torch.float32"),
@@ -113,6 +121,12 @@ def test_targets_that_do_not_fit_are_refused_and_nothing_is_changed(given, messa
         ({"dropout": 1.0}, r"dropout is 1.0; wanted a probability in \[0, 1\)"),
         ({"dropout": math.nan}, "dropout is nan"),
         ({"target_modules": []}, r"target_modules is \[\]; wanted 'all-linear'"),
+        ({"target_parameters": "w"}, "target_parameters is 'w'; wanted a list of names"),
+        ({"modules_to_save": "norm"}, "modules_to_save is 'norm'; wanted a list of names"),
+        ({"bias": "both"}, "bias is 'both'; wanted 'none', 'lora_only' or 'all'"),
+        ({"layers_to_transform": 0}, "layers_to_transform is 0 and target_modules is 'all-linear'"),
+        ({"layers_pattern": "h", "target_modules": ["fc"]}, "layers_pattern is 'h' without layers"),
+        ({"exclude_modules": "a("}, r"'a\(' is not a regular expression"),
         ({"target_modules": "layers.(0"}, r"'layers.\(0' is not a regular expression"),
         ({"rank_pattern": {"q_proj": 0}}, "r is 0"),
         ({"alpha_pattern": {"q_proj": 0}}, "alpha is 0"),
@@ -126,6 +140,26 @@ def test_bad_configurations_are_refused(given, message):
 def test_model_without_linear_modules_is_refused():
     with pytest.raises(ValueError, match="'all-linear', which matches no module of Embedding"):
         pk.apply_lora(nn.Embedding(3, 4), pk.LoRAConfig())
+
+
+@pytest.mark.parametrize("given", [{"modules_to_save": ["norm"]}, {"bias": "all"}])
+def test_adapter_that_trains_the_models_own_parameters_is_alone(given):
+    model = pk.apply_lora(tiny_model("qwen2"), pk.LoRAConfig(r=3, **given))
+    ending = ".bias" if "bias" in given else "norm.weight"
+    own = {name for name, _ in model.named_parameters() if ".lora_" not in name}
+    assert trainable(model) & own == {name for name in own if name.endswith(ending)}
+    with pytest.raises(ValueError, match="trained the model's own parameters .* load it beside"):
+        pk.disable_adapters(model).__enter__()
+    with pytest.raises(ValueError, match="has to be the model's only adapter"):
+        pk.apply_lora(model, pk.LoRAConfig(), "second")
+    model = pk.apply_lora(tiny_model("qwen2"), pk.LoRAConfig())
+    with pytest.raises(ValueError, match="has to be the model's only adapter"):
+        pk.apply_lora(model, pk.LoRAConfig(**given), "second")
+
+
+def test_tied_module_is_not_trained_in_full():
+    with pytest.raises(ValueError, match="lm_head.weight, which is tied to .*; name both or untie"):
+        pk.apply_lora(tiny_model("gpt2"), pk.LoRAConfig(modules_to_save=["lm_head"]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,6 +524,99 @@ def test_tied_head_leaves_the_embedding_alone_and_merges_only_untied(family):
     pk.merge_lora(model)
     assert difference(logits_of(model), with_adapter) < 1e-5
     assert torch.equal(embedding, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Combine
+# ------------------------------------------------------------------------------------------------
+
+
+def three_adapters() -> nn.Module:
+    """Other ranks, scales and targets: linear, embedding and expert weights."""
+    model = build("Mixtral")
+    experts = ["gate_up_proj", "down_proj"]
+    for name, config in {
+        "one": pk.LoRAConfig(r=3, alpha=5, target_parameters=experts),
+        "two": pk.LoRAConfig(r=2, target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+        "three": pk.LoRAConfig(r=1, target_parameters=experts, rank_pattern={"v_proj": 4}),
+    }.items():
+        pk.apply_lora(model, config, name)
+    stir(model)
+    return model.double()
+
+
+def deltas(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+    return {n: m.delta(name, torch.float64) for n, m in layers.items() if name in m.adapters}
+
+
+def test_average_is_the_weighted_sum_of_the_changes():
+    model, weights = three_adapters(), {"one": 0.5, "two": 1.5, "three": -0.25}
+    pk.average_adapters(model, list(weights), list(weights.values()), "mean")
+    got = deltas(model, "mean")
+    assert len(got) == 2 * (4 + 2) + 1
+    for key, delta in got.items():
+        of = {n: deltas(model, n).get(key) for n in weights}
+        wanted = sum(w * of[n] for n, w in weights.items() if of[n] is not None)
+        assert difference(delta, wanted) < 1e-14, key
+    layer = model.model.layers[0].self_attn
+    assert layer.q_proj.adapters["mean"].r == 3 + 2 + 1
+    assert layer.v_proj.adapters["mean"].r == 3 + 4
+    assert not any(p.requires_grad for p in pk.adapter_parameters(model, "mean").values())
+    pk.average_adapters(model, ["one", "three"])
+    assert difference(
+        deltas(model, "average")["model.layers.0.self_attn.k_proj"],
+        sum(deltas(model, n)["model.layers.0.self_attn.k_proj"] for n in ("one", "three")) / 2,
+    ) < 1e-14  # fmt: skip
+
+
+def test_average_cut_to_a_rank_is_the_best_of_that_rank():
+    model = three_adapters()
+    pk.average_adapters(model, ["one", "two", "three"], new_name="whole")
+    pk.average_adapters(model, ["one", "two", "three"], new_name="cut", r=2)
+    for key, whole in deltas(model, "whole").items():
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        wanted = u[..., :2] * s[..., None, :2] @ v[..., :2, :]
+        cut = deltas(model, "cut")[key]
+        assert (cut - wanted).abs().max() < 1e-12 * whole.abs().max(), key
+    assert model.model.layers[0].self_attn.q_proj.adapters["cut"].r == 2
+
+
+def test_average_is_pefts_cat(tmp_path):
+    model = two_adapters()
+    for name in ("default", "value"):
+        pk.save_adapter(model, tmp_path / name, name)
+    peers = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "default")
+    peers.load_adapter(tmp_path / "value", "value")
+    peers.add_weighted_adapter(["default", "value"], [0.25, 0.75], "mean", "cat")
+    peers.set_adapter("mean")
+    pk.average_adapters(model, ["default", "value"], [0.25, 0.75], "mean")
+    pk.set_adapter(model, "mean")
+    assert difference(logits_of(model), logits_of(peers)) < 1e-5
+    pk.save_adapter(model, tmp_path / "mean", "mean")
+    again = tiny_model("llama")
+    pk.load_adapter(again, tmp_path / "mean")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter_names": ["default"]}, r"adapter_names is \['default'\]; wanted two different"),
+        ({"adapter_names": ["value", "value"]}, "wanted two different ones or more"),
+        ({"adapter_names": ["default", "other"]}, "no adapter 'other'; the model has"),
+        ({"weights": [1.0]}, r"weights is \[1.0\]; wanted a finite number for each"),
+        ({"weights": [1.0, math.nan]}, "wanted a finite number"),
+        ({"new_name": "value"}, "already has an adapter 'value'; choose another new_name"),
+        ({"r": 0}, "r is 0; wanted a rank"),
+    ],
+)
+def test_averages_that_cannot_be_are_refused(given, message):
+    model = two_adapters()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        pk.average_adapters(model, **{"adapter_names": ["default", "value"], **given})
+    assert list(model.state_dict()) == before
 
 
 # ------------------------------------------------------------------------------------------------

@@ -243,16 +243,55 @@ def test_bad_adapters_are_refused_by_name(given, message):
     assert list(layer.adapters) == ["default"]
 
 
-def test_bad_bases_are_refused_by_name():
-    class OwnForward(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).tanh()
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).tanh()
 
+
+def own_forward(base: nn.Linear) -> nn.Linear:
+    base.__class__ = OwnForward
+    return base
+
+
+def hooked(base: nn.Linear) -> nn.Linear:
+    base.register_forward_hook(lambda module, args, y: y.tanh())
+    return base
+
+
+def replaced_forward(base: nn.Linear) -> nn.Linear:  # as accelerate does to move weights about
+    base.forward = lambda x: nn.Linear.forward(base, x).tanh()
+    return base
+
+
+@pytest.mark.parametrize("change", [own_forward, hooked, replaced_forward])
+def test_bases_that_have_to_be_called_are_called(change):
+    layer = make_layer(dtype=torch.float32, dropout=0.5)
+    change(layer.base_layer)
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    x = torch.randn(6, D)
+
+    def formula(x):
+        return torch.tanh(x @ layer.weight.T + layer.bias) + 10.0 / R * (x @ a.T @ b.T)
+
+    layer.eval()
+    assert (row := pk.explain(layer)[0]).route == "plain LoRA" and row.why
+    torch.testing.assert_close(layer(x), formula(x))
+    gradients = torch.autograd.grad(layer(x).sum(), (a, b))
+    for got, want in zip(gradients, torch.autograd.grad(formula(x).sum(), (a, b)), strict=True):
+        torch.testing.assert_close(got, want)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))  # dropout
+    layer.bfloat16()
+    layer.lora_A["default"].data = a.data.float()  # as over a 16-bit base by default
+    layer.lora_B["default"].data = b.data.float()
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_bad_bases_are_refused_by_name():
     quantised = nn.Linear(D, O).requires_grad_(False)
     quantised.weight = nn.Parameter(torch.zeros(O, D, dtype=torch.int8), requires_grad=False)
     for base, message in (
-        (nn.Embedding(4, 5), "Embedding; LoRA here adapts nn.Linear and Conv1D"),
-        (OwnForward(D, O), "OwnForward"),
+        (nn.Embedding(4, 5), "Embedding; LoRALinear adapts nn.Linear and Conv1D"),
         (nn.MultiheadAttention(4, 2).out_proj, "NonDynamicallyQuantizableLinear"),
         (quantised, "quantised bases are not supported"),
     ):
