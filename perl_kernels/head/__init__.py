@@ -39,8 +39,7 @@ training an adapter costs policy_loss a second sweep too.
 In products of (N, H) and (V, H), forward and backward together: log p 2, or 3 where head or adapter
 train (4 where the weight does); with KL 4 by the compiled kernels over what is frozen, else 5.
 
-Rows whose target is ignore_index give 0 everywhere and no gradient. Triton has no kernels for an
-adapter: on a GPU such a call runs in plain torch, tile by tile.
+Rows whose target is ignore_index give 0 everywhere and no gradient.
 """
 
 from __future__ import annotations

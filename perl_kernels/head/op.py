@@ -110,7 +110,7 @@ def _fake_policy_loss(
 
 
 # ------------------------------------------------------------------------------------------------
-# Backends. Triton has no kernels for an adapter: plain torch runs there.
+# Backends
 # ------------------------------------------------------------------------------------------------
 
 # Tiles of the plain torch sweep: at most 16 MiB of float32 logits at a time.
@@ -121,32 +121,27 @@ def _stats(
     hidden, weight, bias, a, b, target, ref_hidden, scale, temperature, softcap, ignore_index
 ):
     check_targets(target, weight.shape[0], ignore_index)
-    head, options = (hidden, weight, bias), (temperature, softcap, ignore_index)
+    arguments = (hidden, weight, bias, a, b, target, ref_hidden)
+    arguments += (scale, temperature, softcap, ignore_index)
     backend = backend_of(hidden)
     if backend == "cpu":
-        return torch.ops.perl_kernels.head_stats_cpu(
-            *head, a, b, target, ref_hidden, scale, *options
-        )
-    if backend in ("triton", "cuda") and a is None:
+        return torch.ops.perl_kernels.head_stats_cpu(*arguments)
+    if backend in ("triton", "cuda"):
         from . import triton as kernels
 
-        return kernels.stats(*head, target, ref_hidden, *options)
-    return _stats_torch(*head, a, b, target, ref_hidden, scale, *options)
+        return kernels.stats(*arguments)
+    return _stats_torch(*arguments)
 
 
-def _grad(hidden, weight, bias, a, b, *rest):
-    backend = backend_of(hidden)
+def _grad(*arguments):
+    backend = backend_of(arguments[0])
     if backend == "cpu":
-        return torch.ops.perl_kernels.head_grad_cpu(hidden, weight, bias, a, b, *rest)
-    if backend in ("triton", "cuda") and a is None:
+        return torch.ops.perl_kernels.head_grad_cpu(*arguments)
+    if backend in ("triton", "cuda"):
         from . import triton as kernels
 
-        *inputs, _scale, temperature, softcap, ignore_index = rest[:-4]
-        grads = kernels.grad(
-            hidden, weight, bias, *inputs, temperature, softcap, ignore_index, *rest[-4:-1]
-        )
-        return (*grads, hidden.new_empty(0), hidden.new_empty(0))
-    return _grad_torch(hidden, weight, bias, a, b, *rest)
+        return kernels.grad(*arguments)
+    return _grad_torch(*arguments)
 
 
 def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *options):
