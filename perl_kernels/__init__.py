@@ -23,7 +23,7 @@ from .adapters import (
 )
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
-from .log_prob import kl, log_prob
+from .log_prob import kl, log_prob, selective_log_softmax
 from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
 from .peft import accelerate_peft, load_adapter, save_adapter
@@ -49,6 +49,7 @@ __all__ = [
     "merge_lora",
     "policy_loss",
     "save_adapter",
+    "selective_log_softmax",
     "set_adapter",
     "show_config",
     "unload_lora",
