@@ -26,7 +26,7 @@ from .adapters import (
 from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
-from .log_prob import kl, log_prob
+from .log_prob import kl, log_prob, selective_log_softmax
 from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
 from .multi_lora_linear import multi_lora_linear
@@ -57,6 +57,7 @@ __all__ = [
     "multi_lora_linear",
     "policy_loss",
     "save_adapter",
+    "selective_log_softmax",
     "set_adapter",
     "show_config",
     "unload_lora",

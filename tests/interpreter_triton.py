@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 pytest tests/interpreter_triton.py
 """
 
 import pytest
+import test_head as clipped
 import test_lora_mlp as mlp
 import test_multi_lora_linear as multi
 import torch
@@ -351,21 +352,83 @@ def test_linear_log_prob(sizes, options, dtype):
     )
 
 
-def test_an_adapter_on_the_head_runs_in_plain_torch(monkeypatch):
-    """There are no kernels for it: the answer is right, and none of them is called."""
-    monkeypatch.setattr(head_kernels, "stats", None)
-    monkeypatch.setattr(head_kernels, "grad", None)
-    tensors = make_head(9, 24, 290, torch.float32)
-    tensors["a"] = torch.randn(3, 24, requires_grad=True)
-    tensors["b"] = torch.randn(290, 3, requires_grad=True)
-    tensors["ref_hidden"], advantage = near(tensors["hidden"]), torch.randn(9)
-    options = {"target": make_target(9, 290), "advantage": advantage, "kl_coef": 0.3, "scale": 0.5}
-    leaves = [tensors[name] for name in ("hidden", "a", "b")]
-    ours = pk.policy_loss(**tensors, **options).loss
-    theirs = head.policy_loss(**tensors, **options)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves)
+# Rank 5 is below a block of features, 37 past one; over 16 bits in three terms and in two.
+@pytest.mark.parametrize(("rank", "adapter"), [(5, "float32"), (37, "as hidden")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_adapter_on_the_head(dtype, rank, adapter):
+    tensors = make_head(17, 33, 290, dtype)
+    for name, shape in (("a", (rank, 33)), ("b", (290, rank))):
+        factor = torch.randn(shape) / shape[1] ** 0.5
+        tensors[name] = factor.to(dtype if adapter == "as hidden" else torch.float32)
+        tensors[name].requires_grad_()
+    ref_hidden, target = near(tensors["hidden"]), make_target(17, 290)
+    incoming, options = torch.randn(3, 17), {"temperature": 1.3, "softcap": 2.0, "scale": 0.5}
+
+    def run(log_prob, kl, tensors, ref_hidden):
+        found = (*log_prob(**tensors, target=target, **options),)
+        found += (kl(**tensors, ref_hidden=ref_hidden, **options),)
+        named = zip(("log_prob", "entropy", "kl"), found, strict=True)
+        return {k: t.detach() for k, t in named} | gradients(found, incoming, tensors)
+
+    def ours(**given):
+        return pk.linear_log_prob(**given, return_entropy=True)
+
+    exact = run(head.linear_log_prob, head.linear_kl, doubled(tensors), ref_hidden.double())
+    compare(
+        run(ours, lambda **given: pk.linear_kl(**given).kl, tensors, ref_hidden),
+        run(head.linear_log_prob, head.linear_kl, tensors, ref_hidden),
+        exact,
+        dtype,
+        kl=rms_of_log_ratio(exact["kl"]),
+    )
+
+
+def test_an_adapter_in_16_bits_is_as_exact_as_the_head():
+    """log p of a float32 adapter over 16-bit weights: both factors keep more than 16 bits do."""
+    tensors = make_head(16, 33, 250, torch.float16)
+    tensors["a"], tensors["b"] = torch.randn(16, 33), torch.randn(250, 16)
+    target = make_target(16, 250)
+    ours = pk.linear_log_prob(**tensors, target=target, scale=0.1)
+    exact, _ = head.linear_log_prob(**doubled(tensors), target=target, scale=0.1)
+    assert (ours - exact).abs().max() < 2e-5
+
+
+def test_deep_in_the_softcap():
+    """Every logit at three to five times the cap: the slope is what tanh^2 leaves of 1."""
+    options = {"softcap": 3.0, "temperature": 0.7, "target": torch.randint(0, 4, (32,))}
+    logits = 3.0 * (3 + 2 * torch.rand(32, 4)) * torch.randn(32, 4).sign()
+
+    def run(function, tensors):
+        found = function(**tensors, **options)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        return gradients((found,), torch.ones(1, 32), tensors)
+
+    for ours, theirs, given in (
+        (pk.linear_log_prob, head.linear_log_prob, {"hidden": logits, "weight": torch.eye(4)}),
+        (pk.log_prob, logits_room.log_prob, {"logits": logits}),
+    ):
+        given[next(iter(given))].requires_grad_()
+        exact = run(theirs, doubled(given))
+        compare(run(ours, given), run(theirs, given), exact, torch.float32)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_policy_loss_of_ratios(level):
+    dtype = torch.float32
+    tensors, target = clipped.off_policy(8, 4, 16, 250, dtype, ref=True, rank=3)
+    options = {"importance_sampling_level": level, "kl_coef": 0.3, **clipped.CLIPPED}
+
+    def run(function, tensors):
+        found = function(**tensors, target=target, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return {"loss": loss.detach(), **gradients((loss,), (torch.tensor(3.0),), tensors)}
+
+    compare(
+        run(pk.policy_loss, tensors),
+        run(head.policy_loss, tensors),
+        run(head.policy_loss, doubled(tensors)),
+        dtype,
+        loss=1.0,
     )
 
 

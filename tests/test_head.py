@@ -294,6 +294,139 @@ def test_policy_loss(backend, dtype, reduction, kl_coef, rank):
     )
 
 
+CLIPPED = {"epsilon": 0.2, "epsilon_high": 0.3}
+
+
+def off_policy(b, t, h, v, dtype, ref=False, **more):
+    """A batch of sequences of which one has no token that counts, with log-probabilities that have
+    moved: ratios on both sides of either bound."""
+    tensors = make(b * t, h, v, dtype, **more)
+    tensors["hidden"] = tensors["hidden"].detach().view(b, t, h).requires_grad_()
+    target = torch.randint(0, v, (b, t))
+    target[0, 1], target[-1] = -100, -100
+    with torch.no_grad():
+        flat = {**tensors, "hidden": tensors["hidden"].view(-1, h)}
+        log_prob, _ = reference.linear_log_prob(**flat, target=target.view(-1))
+    tensors["old_log_prob"] = log_prob.view(b, t) + 0.3 * torch.randn(b, t)
+    tensors["old_log_prob"][target == -100] = torch.nan  # nothing is read there
+    tensors["advantage"] = torch.randn(b, t)
+    if ref:
+        shift = 0.3 * torch.randn(b, t, h)
+        tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
+    return tensors, target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+@pytest.mark.parametrize(
+    ("of", "reduction"),
+    [("frozen", "mean"), ("kl", "grpo"), ("adapter", "sum"), ("trained", "mean"), ("free", "grpo")],
+)
+def test_policy_loss_of_ratios(backend, of, reduction, level, dtype):
+    options = {"reduction": reduction, "importance_sampling_level": level, "temperature": 0.9}
+    options |= {"kl_coef": 0.4} if of == "kl" else {}
+    options |= {} if of == "free" else CLIPPED
+    terms = []
+
+    def run(function, tensors, target):
+        found = function(**tensors, target=target, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return {"loss": loss.detach()[None], **gradients((loss,), (torch.tensor(3.0),), tensors)}
+
+    def sample():
+        tensors, target = off_policy(
+            40, 4, 31, 303, dtype, bias=True, ref=of == "kl",
+            trainable_head=of == "trained", rank=4 if of == "adapter" else 0,
+        )  # fmt: skip
+        sizes = tensors["advantage"].abs()
+        terms.append((sizes.sum() if reduction == "sum" else sizes.mean()).item())
+        return (
+            run(pk.policy_loss, tensors, target),
+            run(reference.policy_loss, tensors, target),
+            run(reference.policy_loss, doubled(tensors), target),
+        )
+
+    compare(*gathered(sample, 4), dtype, loss=terms[0])
+
+
+def test_the_first_step_of_every_form_is_reinforce(backend):
+    """Ratios of 1: no clip bites, and the gradient is that of -advantage * log_prob."""
+    tensors, target = off_policy(4, 6, 12, 301, torch.float32)
+    now = {k: tensors[k] for k in ("hidden", "weight", "advantage")}
+    plain = pk.policy_loss(**now, target=target)
+    expected = torch.autograd.grad(plain.loss, tensors["hidden"])
+    found = pk.policy_loss(**now, target=target, old_log_prob=plain.log_prob, epsilon=0.2)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, tensors["hidden"]), expected)
+    counts = target != -100
+    torch.testing.assert_close(found.loss, -tensors["advantage"][counts].mean())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+@pytest.mark.parametrize("reduction", ["mean", "grpo"])
+def test_equals_the_losses_of_trl(backend, reduction, level):
+    """GRPOTrainer's own loss at either level, and RLOOTrainer's, on the log-probabilities here."""
+    trainers = pytest.importorskip("trl.trainer", reason="trl is not installed")
+    from types import SimpleNamespace
+    from unittest.mock import MagicMock
+
+    tensors, target = off_policy(5, 7, 12, 41, torch.float32)
+    target[-1, 0] = 4
+    mask, old = (target != -100).long(), tensors["old_log_prob"].nan_to_num()
+    options = {"reduction": reduction, "importance_sampling_level": level, **CLIPPED}
+    tensors |= {"old_log_prob": old, "advantage": tensors["advantage"][:, :1].expand(5, 7)}
+    ours = pk.policy_loss(**tensors, target=target, **options).loss
+
+    def log_probs(*args, **kwargs):
+        flat = tensors["hidden"].view(-1, 12)
+        found = reference.linear_log_prob(flat, tensors["weight"], target.view(-1))
+        return *(t.view(5, 7) for t in found), None
+
+    trainer = MagicMock(
+        epsilon_low=CLIPPED["epsilon"], epsilon_high=CLIPPED["epsilon_high"], beta=0.0,
+        loss_type={"mean": "bnpo"}.get(reduction, reduction), importance_sampling_level=level,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        _entropy_bonus_enabled=False, aux_loss_enabled=False, args=SimpleNamespace(delta=None),
+        current_gradient_accumulation_steps=1, _get_per_token_logps_and_entropies=log_probs,
+    )  # fmt: skip
+    trainer.accelerator.reduce = lambda t, reduction: t
+    trainer.accelerator.gather = lambda t: t
+    inputs = {"prompt_ids": target[:, :0], "prompt_mask": target[:, :0], "completion_ids": target}
+    inputs |= {"completion_mask": mask, "advantages": tensors["advantage"][:, 0]}
+    if level == "sequence_sum":
+        if reduction != "grpo":
+            pytest.skip("RLOOTrainer has no loss_type")
+        inputs["old_logps"] = (old * mask).sum(1)
+        theirs = trainers.RLOOTrainer._compute_loss(trainer, None, inputs)
+    else:
+        inputs["old_per_token_logps"] = old
+        theirs = trainers.GRPOTrainer._compute_loss(trainer, None, inputs)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, tensors["hidden"]), torch.autograd.grad(theirs, tensors["hidden"])
+    )
+
+
+def test_a_ratio_beyond_its_bound_has_no_gradient(backend):
+    """Above the bound with a gain, below it with a loss; the other two are pulled back."""
+    tensors = make(4, 6, 40, torch.float32)
+    target, advantage = torch.tensor([0, 3, 7, 9]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    log_prob = pk.linear_log_prob(**tensors, target=target).detach()
+    old = log_prob - torch.tensor([1.0, 1.0, -1.0, -1.0])
+    found = pk.policy_loss(
+        **tensors, target=target, advantage=advantage, old_log_prob=old, epsilon=0.2
+    )
+    gradient = torch.autograd.grad(found.loss, tensors["hidden"])[0]
+    assert gradient.any(dim=1).tolist() == [False, True, True, False]
+
+
+def test_a_ratio_that_overflows_where_nothing_is_to_gain(backend):
+    tensors, target = make(2, 6, 40, torch.float32), torch.tensor([0, 3])
+    old, advantage = torch.tensor([-1e3, -1.0]), torch.tensor([0.0, 1.0])
+    found = pk.policy_loss(**tensors, target=target, advantage=advantage, old_log_prob=old)
+    assert found.loss.isfinite()
+    assert torch.autograd.grad(found.loss, tensors["hidden"])[0].isfinite().all()
+
+
 def test_policy_loss_reports_detached_facts(backend):
     tensors = make(8, 6, 40, torch.float32)
     target, ref_hidden = make_target(8, 40), torch.randn(8, 6)
@@ -333,6 +466,22 @@ def test_no_token_counts(backend, n):
     assert not log_prob.any()
     gradient = torch.autograd.grad(log_prob.sum(), tensors["hidden"])[0]
     assert gradient.shape == (n, 6) and not gradient.any()
+
+
+@pytest.mark.parametrize("lead", [(0, 4), (3, 0), (0,), ()], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "grpo"])
+def test_ratios_of_no_token_or_one(backend, reduction, lead):
+    hidden, weight = torch.randn(*lead, 6, requires_grad=True), torch.randn(40, 6)
+    target, old = torch.full(lead, 7), torch.zeros(lead)
+    options = {"importance_sampling_level": "sequence", "reduction": reduction}
+    found = pk.policy_loss(
+        hidden, weight, target, torch.ones(lead), old_log_prob=old, epsilon=0.2, **options
+    )
+    expected = pk.linear_log_prob(hidden, weight, target).exp().sum()
+    torch.testing.assert_close(found.loss, -expected)  # a ratio to 1, or nothing
+    torch.testing.assert_close(
+        torch.autograd.grad(found.loss, hidden), torch.autograd.grad(-expected, hidden)
+    )
 
 
 def test_leading_dimensions_and_strides(backend):
@@ -443,6 +592,17 @@ def test_float64_gradchecks_through_the_ops(softcap):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+def test_float64_gradchecks_of_ratios(level, reduction):
+    tensors, target = off_policy(3, 3, 3, 6, torch.float64, ref=True)
+    hidden = tensors.pop("hidden")
+    options = {"importance_sampling_level": level, "reduction": reduction, "kl_coef": 0.3}
+    torch.autograd.gradcheck(
+        lambda h: pk.policy_loss(h, target=target, **tensors, **options, **CLIPPED).loss, (hidden,)
+    )
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_float64_gradchecks_of_an_adapter_through_the_ops(softcap):
     t = make(4, 3, 6, torch.float64, bias=True, rank=2)
@@ -491,17 +651,18 @@ def test_opcheck(backend):
         torch.library.opcheck(
             ops.head_units.default, (hidden, frozen, None, *a_b, *rest, 1.0, 0.9, 4.0, -100)
         )
-    advantage = torch.randn(5)
-    for head, ref, need in (
-        ((weight, bias, *none), None, (True, True, True, False)),
-        ((frozen, None, *none), ref_hidden, (True, False, False, False)),
-        ((frozen, None, *adapter), ref_hidden, (True, False, False, True)),
-        ((frozen, bias, *adapter), None, (True, False, True, True)),
+    advantage, old = torch.randn(5), torch.randn(5)
+    plain, clipped = (0.0, 0.0, "token", "mean", 5), (0.8, 1.2, "sequence", "sum", 1)
+    for head, old_log_prob, ref, need in (
+        ((weight, bias, *none), old, None, (True, True, True, False)),
+        ((frozen, None, *none), old, ref_hidden, (True, False, False, False)),
+        ((frozen, None, *adapter), None, ref_hidden, (True, False, False, True)),
+        ((frozen, bias, *adapter), None, None, (True, False, True, True)),
     ):
         torch.library.opcheck(
             ops.policy_loss.default,
-            (hidden, *head, target, advantage, ref, 0.0 if ref is None else 0.2)
-            + (1.0, 1.0, 0.0, -100, True, *need),
+            (hidden, *head, target, advantage, old_log_prob, ref, 0.0 if ref is None else 0.2)
+            + (*(plain if old_log_prob is None else clipped), 1.0, 1.0, 0.0, -100, *need),
         )
 
 
@@ -566,6 +727,25 @@ def test_bad_arguments_are_named(backend, call):
         pk.linear_log_prob(**arguments)
 
 
+def bad_ratios():
+    old = {"old_log_prob": torch.zeros(4)}
+    yield {"epsilon": 0.2}, ValueError, "epsilon is 0.2 and there is no old_log_prob"
+    yield {**old, "epsilon": -0.1}, ValueError, "epsilon is -0.1; wanted >= 0"
+    yield {**old, "epsilon_high": 0.1}, ValueError, "epsilon_high is 0.1 without epsilon"
+    yield {"importance_sampling_level": "sequence"}, ValueError, "'sequence' and there is no old_lo"
+    yield {**old, "importance_sampling_level": "word"}, ValueError, "level is 'word'; wanted 'token"
+    yield {"old_log_prob": torch.zeros(3)}, ValueError, "old_log_prob has shape"
+    yield {"old_log_prob": torch.zeros(4).long()}, TypeError, "old_log_prob is torch.int64"
+
+
+@pytest.mark.parametrize("call", bad_ratios(), ids=lambda c: c[2])
+def test_ratios_that_would_say_nothing_are_refused(call):
+    options, kind, message = call
+    h, w, t = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 8, 2, 3])
+    with pytest.raises(kind, match=message):
+        pk.policy_loss(h, w, t, torch.ones(4), **options)
+
+
 def test_gradients_that_do_not_exist_are_refused():
     h, w = torch.randn(4, 6), torch.randn(9, 6)
     t, trained = torch.tensor([0, 8, 2, 3]), torch.randn(4, 6, requires_grad=True)
@@ -579,5 +759,7 @@ def test_gradients_that_do_not_exist_are_refused():
         pk.policy_loss(trained, w, t, torch.ones(4), kl_coef=0.1)
     with pytest.raises(ValueError, match="reduction is 'none'"):
         pk.policy_loss(trained, w, t, torch.ones(4), reduction="none")
+    with pytest.raises(ValueError, match="old_log_prob requires grad"):
+        pk.policy_loss(trained, w, t, torch.ones(4), old_log_prob=torch.ones(4, requires_grad=True))
     with pytest.raises(TypeError, match="mask is torch.float32"):
         pk.policy_loss(trained, w, t, torch.ones(4), mask=torch.ones(4))

@@ -3,7 +3,7 @@ import torch
 from _compare import check_law, doubled, gathered
 
 import perl_kernels as pk
-from perl_kernels.log_prob import reference
+from perl_kernels.log_prob import op, reference
 
 # (N, V). 1003: multiple of no tile or vector width. N = 1: one row. V = 4099: past one tile.
 # V = 1: nothing to choose. N = 1030: past one block of rows.
@@ -98,12 +98,96 @@ def test_masked_logits_of_minus_infinity(backend):
     assert gradient.isfinite().all() and not gradient[:, 7:20].any()
 
 
-def test_equals_selective_log_softmax_of_trl(backend):
+# (...,): one class a row; (..., K): one, and several with the same one twice.
+@pytest.mark.parametrize("classes", [None, 1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_selective_log_softmax_of_trl(backend, dtype, masked, classes):
     utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
-    logits, target = torch.randn(2, 9, 101), torch.randint(0, 101, (2, 9))
-    torch.testing.assert_close(
-        pk.log_prob(logits, target), utils.selective_log_softmax(logits, target)
-    )
+    logits = (3 * torch.randn(2, 9, 101)).to(dtype).requires_grad_()
+    index = torch.randint(0, 101, (2, 9) if classes is None else (2, 9, classes))
+    if classes == 4:
+        index[..., 2] = index[..., 0]
+    row_mask = (torch.rand(index.shape) < 0.7).long() if masked else None
+    incoming = torch.randn(index.shape)
+
+    def run(function, logits):
+        found = function(logits, index, 0.7, row_mask)
+        gradient = torch.autograd.grad(found, logits, incoming.to(found.dtype))[0]
+        return {"log_prob": found.detach(), "dlogits": gradient}
+
+    ours, theirs = (run(f, logits) for f in (pk.selective_log_softmax, utils.selective_log_softmax))
+    assert ours["log_prob"].dtype == torch.float32 and ours["dlogits"].dtype == dtype
+    exact = run(utils.selective_log_softmax, logits.detach().double().requires_grad_())
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype)
+
+
+def test_selective_log_softmax_of_masked_and_misshapen(backend):
+    logits, index = torch.randn(3, 11), torch.tensor([[0, 1], [2, 0], [1, 1]])
+    logits[:, 0] = -torch.inf
+    found = pk.selective_log_softmax(logits, index)
+    assert found.isneginf().equal(index == 0) and not found.isnan().any()
+    with pytest.raises(ValueError, match="index has shape"):
+        pk.selective_log_softmax(logits, index[:2])
+    with pytest.raises(ValueError, match="row_mask has shape"):
+        pk.selective_log_softmax(logits, index, row_mask=index[:2])
+
+
+@pytest.mark.parametrize("of", ["log_prob", "kl"])
+@pytest.mark.parametrize("layout", ["rows", "part", "copied"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inplace_backward(backend, monkeypatch, dtype, layout, of):
+    """The same gradient to the bit, in the memory of the logits, over several blocks of rows."""
+    monkeypatch.setattr(op, "_OVER_BYTES", 4 * 101 * 2)
+    leaf, target = torch.randn(3, 8, 101).to(dtype), torch.randint(0, 101, (3, 8))
+    target[1, 2] = -100
+    leaf.requires_grad_()
+    incoming = torch.randn(3, 8)
+
+    def run(inplace):
+        logits = 2 * leaf
+        if layout == "part":
+            logits, t = logits[1:], target[1:]
+        else:  # a transposed one has no flat view: its copy is written over
+            logits, t = logits.transpose(0, 1) if layout == "copied" else logits, target
+            t = t.t() if layout == "copied" else t
+        if of == "kl":
+            found = pk.kl(logits, logits.detach() / 2, inplace_backward=inplace)
+        else:
+            found, _ = pk.log_prob(logits, t, inplace_backward=inplace, return_entropy=True)
+        sent = incoming.view(-1)[: found.numel()].view(found.shape)
+        (gradient,) = torch.autograd.grad((found * sent).sum(), leaf)
+        return logits.detach(), gradient
+
+    (kept, expected), (written, found) = run(False), run(True)
+    assert torch.equal(found, expected)
+    if layout != "copied":
+        dlogits = (expected if layout == "rows" else expected[1:]) / 2
+        assert torch.equal(written, dlogits) and not torch.equal(kept, dlogits)
+
+
+def test_inplace_backward_where_it_cannot_be_right(backend):
+    leaf, target = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 8, 2, 3])
+    for logits in (leaf, leaf[:]):
+        with pytest.raises(ValueError, match="logits are a leaf that requires grad"):
+            pk.log_prob(logits, target, inplace_backward=True)
+    with pytest.raises(ValueError, match="logits are expanded"):
+        pk.log_prob((2 * leaf[:1]).expand(4, 9), target, inplace_backward=True)
+    with pytest.raises(Exception, match="under torch.compile"):
+        torch.compile(
+            lambda z: pk.log_prob(2 * z, target, inplace_backward=True),
+            fullgraph=True, backend="eager",
+        )(leaf)  # fmt: skip
+    logits = 2 * leaf
+    twice = logits.square().sum()  # its backward comes after ours
+    twice = twice + pk.log_prob(logits, target, inplace_backward=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        twice.backward()
+    found = pk.log_prob(2 * leaf, target, inplace_backward=True).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
 
 
 def test_float64_gradcheck():
@@ -121,9 +205,9 @@ def test_float64_gradcheck():
 def test_opcheck_and_compile(backend):
     logits, target = torch.randn(5, 11, requires_grad=True), torch.randint(0, 11, (5,))
     ref_logits = torch.randn(5, 11)
-    op = torch.ops.perl_kernels.logits_stats.default
-    torch.library.opcheck(op, (logits, target, None, 1.0, 0.0, -100))
-    torch.library.opcheck(op, (logits, None, ref_logits, 0.7, 4.0, -100))
+    stats = torch.ops.perl_kernels.logits_stats.default
+    torch.library.opcheck(stats, (logits, target, None, 1.0, 0.0, -100))
+    torch.library.opcheck(stats, (logits, None, ref_logits, 0.7, 4.0, -100))
 
     def function(z):
         return pk.log_prob(z, target).sum() + pk.kl(z, ref_logits).sum()

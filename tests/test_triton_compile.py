@@ -129,7 +129,7 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
         _call_lora_linear(lora, dtype, rows=16, rank=16, dropout_p=0.0)
         _call_multi_lora_linear(multi, dtype, rows=512, ranks=(16, 16), dropout_p=0.1)
         _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
-        _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
+        _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0, rank=16)
         _call_log_prob(log_prob, dtype, with_ref=True)
         if every:
             _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8), dropout_p=0.1)
@@ -138,6 +138,7 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
             _call_lora_linear(lora, dtype, rows=64, rank=64, dropout_p=0.0)
             _call_head(head, dtype, 128, 512, with_ref=False, softcap=30.0)
             _call_head(head, dtype, 128, 512, with_ref=True, softcap=0.0)
+            _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0, rank=16)
             _call_log_prob(log_prob, dtype, with_ref=False)
             # sizes of 1 become constants of the kernel
             _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.1)
@@ -178,16 +179,19 @@ def _call_multi_lora_linear(module, dtype, rows: int, ranks: tuple, dropout_p: f
     module.backward(dy, x, weight, *rest, s, True, True)
 
 
-def _call_head(module, dtype, rows: int, vocabulary: int, with_ref: bool, softcap: float) -> None:
+def _call_head(
+    module, dtype, rows: int, vocabulary: int, with_ref: bool, softcap: float, rank: int = 0
+) -> None:
     hidden, weight = torch.zeros(rows, 64, dtype=dtype), torch.zeros(vocabulary, 64, dtype=dtype)
     bias, target = torch.zeros(vocabulary, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    a, b = (torch.zeros(rank, 64), torch.zeros(vocabulary, rank)) if rank else (None, None)
     ref = hidden if with_ref else None
     row = torch.zeros(rows)
-    module.stats(hidden, weight, bias, target, ref, 0.7, softcap, -100)
-    module.grad(
-        hidden, weight, bias, target, ref, row, row, row, row,
-        row, row, row if with_ref else None, 0.7, softcap, -100, True, False, False,
-    )  # fmt: skip
+    inputs, options = (hidden, weight, bias, a, b, target, ref), (1.0, 0.7, softcap, -100)
+    module.stats(*inputs, *options)
+    incoming = (row, row, row if with_ref else None)
+    need = (True, False, False, rank > 0)
+    module.grad(*inputs, row, row, row, row, *incoming, *options, *need)
 
 
 def _call_log_prob(module, dtype, with_ref: bool) -> None:

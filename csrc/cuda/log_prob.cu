@@ -56,9 +56,10 @@ struct Transform {
     if (softcap > 0.f) raw = softcap * tanhf(raw / softcap);
     return raw * inverse_temperature;
   }
-  __device__ float slope(float z) const {
+  // dz / draw, of the tanh itself: divided out of z again it has lost digits deep in the cap.
+  __device__ float slope(float raw) const {
     if (softcap == 0.f) return inverse_temperature;
-    float t = z / (softcap * inverse_temperature);
+    const float t = tanhf(raw / softcap);
     return (1.f - t * t) * inverse_temperature;
   }
 };
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(THREADS) logits_grad_kernel(
       if (q_row) slope += dk * (z - transform(raw_q) - mean_gap);
       dz += p * slope;
     }
-    return dz * transform.slope(z);
+    return dz * transform.slope(raw);
   };
 
   constexpr int SIZE = Pack<T>::SIZE;

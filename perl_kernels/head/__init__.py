@@ -5,7 +5,8 @@ adapter on the head adds scale * (hidden a^T) b^T to hidden weight^T,
 
     linear_log_prob   log_softmax(z.float(), -1).gather(-1, target), and the entropy of softmax(z)
     linear_kl         kl_div between softmax(z) and the softmax of a reference's hidden states
-    policy_loss       mean(-advantage * log_prob + kl_coef * kl), with its gradient
+    policy_loss       mean(-advantage * log_prob + kl_coef * kl), with its gradient; or the clipped
+                      ratios of PPO, GRPO and RLOO in place of log_prob
 
 One sweep over tiles of the vocabulary keeps a few float32 numbers a row (see `_softmax`): logits
 tiles are never rounded to bfloat16 before the log-sum-exp. The gradient, for incoming per-row
@@ -38,8 +39,7 @@ training an adapter costs policy_loss a second sweep too.
 In products of (N, H) and (V, H), forward and backward together: log p 2, or 3 where head or adapter
 train (4 where the weight does); with KL 4 by the compiled kernels over what is frozen, else 5.
 
-Rows whose target is ignore_index give 0 everywhere and no gradient. Triton has no kernels for an
-adapter: on a GPU such a call runs in plain torch, tile by tile.
+Rows whose target is ignore_index give 0 everywhere and no gradient.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ from .._arguments import (
     check_shape,
 )
 from .._library import compiled_for
+from .._softmax import statistics_dtype
 from . import op as _op  # noqa: F401 - registers the ops
 
 __all__ = ["LinearKL", "PolicyLoss", "linear_kl", "linear_log_prob", "policy_loss"]
@@ -174,6 +175,10 @@ def policy_loss(
     target: Tensor,  # (...,)
     advantage: Tensor,  # (...,)
     *,
+    old_log_prob: Tensor | None = None,  # (...,)
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
     ref_hidden: Tensor | None = None,  # (..., H)
     kl_coef: float = 0.0,
     mask: Tensor | None = None,  # (...,)
@@ -186,38 +191,62 @@ def policy_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> PolicyLoss:
-    """The REINFORCE loss of sampled tokens: reduce(-advantage * log_prob + kl_coef * kl).
+    """The policy-gradient loss of sampled tokens, of the frozen reference's exact KL too:
 
-    The coefficient of each log-probability is known before the loss, so every gradient is made in
-    this call; backward only multiplies it by the incoming scalar. kl is the exact KL to the
-    reference over the whole vocabulary, per token.
+        reduce(-advantage * log_prob                                 + kl_coef * kl)   REINFORCE
+        reduce(-min(ratio * advantage, clip(ratio) * advantage)      + kl_coef * kl)   old_log_prob
+
+    with ratio = exp(log_prob - old_log_prob) and clip to [1 - epsilon, 1 + epsilon_high]. What a
+    log-probability's coefficient needs is known before the loss, so every gradient is made in this
+    call; backward only multiplies it by the incoming scalar. kl is over the whole vocabulary.
 
     Args:
         hidden, weight, target, bias, a, b, scale, temperature, softcap, ignore_index: as in
-            linear_log_prob.
-        advantage: (...,) return minus baseline, a constant.
+            linear_log_prob. The last dimension of target is a sequence.
+        advantage: (...,) a constant: return minus baseline, or a group's (GRPO, RLOO).
+        old_log_prob: (...,) of the policy that sampled, a constant; without it REINFORCE, which is
+            also the gradient of the others' first step (the ratio is 1 there).
+        epsilon, epsilon_high: >= 0, how far a ratio pays below and above 1; epsilon_high is epsilon
+            unless given. Without epsilon no ratio is clipped.
+        importance_sampling_level: what has a ratio. "token" (PPO, GRPO); "sequence": the mean of a
+            sequence's log-ratios (GSPO); "sequence_sum": their sum (RLOO).
         ref_hidden: (..., H) the reference policy's hidden states, a constant; needed for kl_coef.
             They go through the head without the adapter a, b.
         mask: (...,) bool or integer, nonzero where a token counts; the others give 0 everywhere.
-        reduction: "mean" over the tokens that count, or "sum".
+        reduction: "mean" over the tokens that count, "sum", or "grpo": the mean over each
+            sequence's tokens, then over sequences.
+
+    TRL calls a reduction loss_type: its "bnpo" is "mean", its "grpo" is "grpo", and its "dr_grpo"
+    and "dapo" are "sum" over their constants. RLOO is "sequence_sum" with "grpo".
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or range is wrong; advantage or ref_hidden
-            requires grad; kl_coef without ref_hidden; ref_hidden with a trainable weight.
+        ValueError, TypeError: a shape, dtype, device or range is wrong; advantage, old_log_prob or
+            ref_hidden requires grad; kl_coef without ref_hidden; ref_hidden with a trainable
+            weight; epsilon or a level of sequences without old_log_prob.
 
-    Source: Williams, "Simple statistical gradient-following algorithms", 1992; with the KL term
-    as in PE-RLHF (arXiv 2403.10704).
+    Sources: Williams, "Simple statistical gradient-following algorithms", 1992; with the KL term
+    as in PE-RLHF (arXiv 2403.10704). Clipped ratios: PPO (1707.06347), equation 7; GRPO
+    (2402.03300), equation 3; RLOO (2402.14740); GSPO (2507.18071); epsilon_high: DAPO (2503.14476).
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}; wanted 'mean' or 'sum'")
+    for name, given, wanted in (
+        ("reduction", reduction, ("mean", "sum", "grpo")),
+        ("importance_sampling_level", importance_sampling_level, _LEVELS),
+    ):
+        if given not in wanted:
+            raise ValueError(f"{name} is {given!r}; wanted {', '.join(map(repr, wanted))}")
+    lowest, highest = _clip(old_log_prob, epsilon, epsilon_high, importance_sampling_level)
     if kl_coef != 0.0 and ref_hidden is None:
         raise ValueError(f"kl_coef is {kl_coef} and there is no ref_hidden to measure the KL from")
+    check_constant("old_log_prob", old_log_prob, "policy_loss takes it as a constant")
     check_constant("advantage", advantage, "policy_loss takes it as a constant")
     if ref_hidden is not None:
         check_constant("ref_hidden", ref_hidden, "the reference is a constant here")
         check_constant("weight", weight, "policy_loss has no gradient for what both sides share")
         check_constant("bias", bias, "policy_loss has no gradient for what both sides share")
     check_shape("advantage", advantage, tuple(target.shape), "target's shape")
+    if old_log_prob is not None:
+        check_float("old_log_prob", old_log_prob)
+        check_shape("old_log_prob", old_log_prob, tuple(target.shape), "target's shape")
     if mask is not None:
         check_shape("mask", mask, tuple(target.shape), "target's shape")
         if mask.is_floating_point():
@@ -230,11 +259,14 @@ def policy_loss(
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         for tensors in ([hidden], [weight], [bias], [a, b])
     ]
+    advantage, old_log_prob = (
+        t if t is None else t.reshape(-1).to(statistics_dtype(hidden.dtype))
+        for t in (advantage, old_log_prob)
+    )
     loss, log_prob, kl, entropy, *_ = torch.ops.perl_kernels.policy_loss(
-        hidden, weight, bias, a, b, flat_target,
-        advantage.reshape(-1).to(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
-        ref_hidden, float(kl_coef), scale, temperature, softcap or 0.0, ignore_index,
-        reduction == "mean", *needs,
+        hidden, weight, bias, a, b, flat_target, advantage, old_log_prob, ref_hidden,
+        float(kl_coef), lowest, highest, importance_sampling_level, reduction,
+        max(lead[-1], 1) if lead else 1, scale, temperature, softcap or 0.0, ignore_index, *needs,
     )  # fmt: skip
     return PolicyLoss(
         loss=loss,
@@ -242,6 +274,29 @@ def policy_loss(
         kl=None if ref_hidden is None else kl.view(lead),
         entropy=entropy.view(lead),
     )
+
+
+_LEVELS = ("token", "sequence", "sequence_sum")
+
+
+def _clip(
+    old_log_prob: Tensor | None, epsilon: float | None, epsilon_high: float | None, level: str
+) -> tuple[float, float]:
+    """Between which ratios a gain grows; refuses what would say nothing."""
+    for name, given in (("epsilon", epsilon), ("epsilon_high", epsilon_high)):
+        if given is not None:
+            check_range(name, given, 0.0, float("inf"), ">= 0")
+            if old_log_prob is None:
+                raise ValueError(f"{name} is {given} and there is no old_log_prob to have a ratio")
+    if old_log_prob is None and level != "token":
+        raise ValueError(
+            f"importance_sampling_level is {level!r} and there is no old_log_prob to have a ratio"
+        )
+    if epsilon is None:
+        if epsilon_high is not None:
+            raise ValueError(f"epsilon_high is {epsilon_high} without epsilon; give both")
+        return -math.inf, math.inf
+    return 1.0 - epsilon, 1.0 + (epsilon if epsilon_high is None else epsilon_high)
 
 
 def _stats(inputs: tuple[Tensor | None, ...], *options: float) -> tuple[Tensor, ...]:

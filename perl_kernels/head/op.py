@@ -46,8 +46,9 @@ define(
     f" {_OPTIONS}) -> ({_STATS}, Tensor dlog_prob, Tensor dkl)"
 )
 define(
-    f"policy_loss({_HEAD}, Tensor target, Tensor advantage, Tensor? ref_hidden, float kl_coef,"
-    f" {_OPTIONS}, bool mean, {_NEED})"
+    f"policy_loss({_HEAD}, Tensor target, Tensor advantage, Tensor? old_log_prob,"
+    " Tensor? ref_hidden, float kl_coef, float lowest_ratio, float highest_ratio, str level,"
+    f" str reduction, int sequence_length, {_OPTIONS}, {_NEED})"
     f" -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy, {_GRADS})"
 )
 define(
@@ -100,14 +101,16 @@ def _fake_weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
     return torch.empty_like(dkl if d_log_prob is None else dlog_prob)
 
 
-def _fake_policy_loss(hidden, weight, bias, a, b, target, advantage, ref_hidden, *rest):
+def _fake_policy_loss(
+    hidden, weight, bias, a, b, target, advantage, old_log_prob, ref_hidden, *rest
+):
     stats = empty_stats(hidden, hidden.shape[0], True, ref_hidden is not None)
     grads = _empty_grads(hidden, weight, bias, a, b, *rest[-4:])
     return (stats.peak.new_empty(()), stats.log_prob, stats.kl, stats.entropy, *grads)
 
 
 # ------------------------------------------------------------------------------------------------
-# Backends. Triton has no kernels for an adapter: plain torch runs there.
+# Backends
 # ------------------------------------------------------------------------------------------------
 
 # Tiles of the plain torch sweep: at most 16 MiB of float32 logits at a time.
@@ -118,32 +121,27 @@ def _stats(
     hidden, weight, bias, a, b, target, ref_hidden, scale, temperature, softcap, ignore_index
 ):
     check_targets(target, weight.shape[0], ignore_index)
-    head, options = (hidden, weight, bias), (temperature, softcap, ignore_index)
+    arguments = (hidden, weight, bias, a, b, target, ref_hidden)
+    arguments += (scale, temperature, softcap, ignore_index)
     backend = backend_of(hidden)
     if backend == "cpu":
-        return torch.ops.perl_kernels.head_stats_cpu(
-            *head, a, b, target, ref_hidden, scale, *options
-        )
-    if backend in ("triton", "cuda") and a is None:
+        return torch.ops.perl_kernels.head_stats_cpu(*arguments)
+    if backend in ("triton", "cuda"):
         from . import triton as kernels
 
-        return kernels.stats(*head, target, ref_hidden, *options)
-    return _stats_torch(*head, a, b, target, ref_hidden, scale, *options)
+        return kernels.stats(*arguments)
+    return _stats_torch(*arguments)
 
 
-def _grad(hidden, weight, bias, a, b, *rest):
-    backend = backend_of(hidden)
+def _grad(*arguments):
+    backend = backend_of(arguments[0])
     if backend == "cpu":
-        return torch.ops.perl_kernels.head_grad_cpu(hidden, weight, bias, a, b, *rest)
-    if backend in ("triton", "cuda") and a is None:
+        return torch.ops.perl_kernels.head_grad_cpu(*arguments)
+    if backend in ("triton", "cuda"):
         from . import triton as kernels
 
-        *inputs, _scale, temperature, softcap, ignore_index = rest[:-4]
-        grads = kernels.grad(
-            hidden, weight, bias, *inputs, temperature, softcap, ignore_index, *rest[-4:-1]
-        )
-        return (*grads, hidden.new_empty(0), hidden.new_empty(0))
-    return _grad_torch(hidden, weight, bias, a, b, *rest)
+        return kernels.grad(*arguments)
+    return _grad_torch(*arguments)
 
 
 def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *options):
@@ -265,32 +263,70 @@ def _grad_torch(
 
 
 def _policy_loss(
-    hidden, weight, bias, a, b, target, advantage, ref_hidden, kl_coef,
-    scale, temperature, softcap, ignore_index, mean, *need,
+    hidden, weight, bias, a, b, target, advantage, old_log_prob, ref_hidden, kl_coef,
+    lowest_ratio, highest_ratio, level, reduction, sequence_length,
+    scale, temperature, softcap, ignore_index, *need,
 ):  # fmt: skip
     head, options = (hidden, weight, bias, a, b), (scale, temperature, softcap, ignore_index)
-    share = (target != ignore_index).to(statistics_dtype(hidden.dtype))
-    if mean:
-        share = share / share.sum().clamp(min=1)
-    d_log_prob = -share * advantage
-    d_kl = kl_coef * share if ref_hidden is not None else None
-    inputs = (*head, target, ref_hidden)
-    if need == (True, False, False, False):
-        *stats, dhidden, _ = torch.ops.perl_kernels.head_units(*inputs, d_log_prob, d_kl, *options)
-        stats = Stats(*stats)
-        grads = (dhidden, *_empty_grads(*head, *need)[1:])
+    inputs, ops = (*head, target, ref_hidden), torch.ops.perl_kernels
+    counted = (target != ignore_index).view(-1, sequence_length)
+    share = _share(counted.to(statistics_dtype(hidden.dtype)), reduction)
+    gain = (share * advantage.view_as(share)).where(counted, 0.0)  # of a log-probability or ratio
+    d_kl = None if ref_hidden is None else (kl_coef * share).view(-1)
+    known = old_log_prob is None
+    one_sweep = need == (True, False, False, False) and (known or backend_of(hidden) == "cpu")
+    if one_sweep:
+        weights = (-gain.view(-1), d_kl) if known else (None, None)
+        *stats, dlog_prob, dkl = ops.head_units(*inputs, *weights, *options)
     else:
-        stats = Stats(*torch.ops.perl_kernels.head_stats(*inputs, *options))
-        grads = _empty_grads(*head, *need)
-        if any(need):
-            grads = torch.ops.perl_kernels.head_grad(
-                *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-                d_log_prob, None, d_kl, *options, *need,
-            )  # fmt: skip
-    loss = (d_log_prob * stats.log_prob).sum()
+        stats = ops.head_stats(*inputs, *options)
+    stats = Stats(*stats)
+    if known:
+        d_log_prob = -gain.view(-1)
+        loss = (d_log_prob * stats.log_prob).sum()
+    else:
+        log_ratio = (stats.log_prob - old_log_prob).view_as(gain).where(counted, 0.0)
+        loss, d_log_prob = _surrogate(log_ratio, gain, counted, lowest_ratio, highest_ratio, level)
     if d_kl is not None:
         loss = loss + (d_kl * stats.kl).sum()
+    if one_sweep:
+        dhidden = dlog_prob if known else ops.head_weighted_units(dlog_prob, dkl, d_log_prob, d_kl)
+        grads = (dhidden, *_empty_grads(*head, *need)[1:])
+    elif any(need):
+        grads = ops.head_grad(
+            *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+            d_log_prob, None, d_kl, *options, *need,
+        )  # fmt: skip
+    else:
+        grads = _empty_grads(*head, *need)
     return (loss, stats.log_prob, stats.kl, stats.entropy, *grads)
+
+
+def _share(counted, reduction):
+    """How much each token (B, T) says in the loss. counted: 1 where it counts, else 0."""
+    if reduction == "sum":
+        return counted
+    if reduction == "mean":
+        return counted / counted.sum().clamp(min=1)
+    return counted / (counted.sum(1, keepdim=True).clamp(min=1) * max(counted.shape[0], 1))
+
+
+def _surrogate(log_ratio, gain, counted, lowest, highest, level):
+    """sum of -min(ratio gain, clip(ratio) gain) over tokens (B, T), and its d_log_prob (N,).
+
+    A ratio that covers a sequence is moved by each of its log-probabilities, so each one gets what
+    all of its tokens send.
+    """
+    tokens = 1 if level == "sequence_sum" else counted.sum(1, keepdim=True).clamp(min=1)
+    if level != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True) / tokens
+    ratio = log_ratio.exp()
+    # a ratio may overflow where there is nothing to gain
+    free, held = ((r * gain).where(gain != 0, 0.0) for r in (ratio, ratio.clamp(lowest, highest)))
+    sent = free.where(free <= held, 0.0)
+    if level != "token":
+        sent = (sent.sum(1, keepdim=True) / tokens).where(counted, 0.0)
+    return -torch.minimum(free, held).sum(), -sent.view(-1)
 
 
 # ------------------------------------------------------------------------------------------------

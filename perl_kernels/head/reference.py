@@ -64,11 +64,15 @@ def linear_kl(
 
 
 def policy_loss(
-    hidden: Tensor,  # (N, H)
+    hidden: Tensor,  # (..., T, H)
     weight: Tensor,  # (V, H)
-    target: Tensor,  # (N,)
-    advantage: Tensor,  # (N,)
+    target: Tensor,  # (..., T)
+    advantage: Tensor,  # (..., T)
     *,
+    old_log_prob: Tensor | None = None,  # (..., T)
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
     ref_hidden: Tensor | None = None,
     kl_coef: float = 0.0,
     bias: Tensor | None = None,
@@ -81,16 +85,30 @@ def policy_loss(
     reduction: str = "mean",
 ) -> Tensor:  # ()
     counted = target != ignore_index
+    tokens = counted.sum(-1, keepdim=True).clamp(min=1)
+    rows, adapter = hidden.reshape(-1, hidden.shape[-1]), {"a": a, "b": b, "scale": scale}
+    options = {"bias": bias, **adapter, "temperature": temperature, "softcap": softcap}
     log_prob, _ = linear_log_prob(
-        hidden, weight, target, bias=bias, a=a, b=b, scale=scale, temperature=temperature,
-        softcap=softcap, ignore_index=ignore_index,
-    )  # fmt: skip
-    loss = -advantage * log_prob
+        rows, weight, target.reshape(-1), ignore_index=ignore_index, **options
+    )
+    log_prob = log_prob.view(target.shape)
+    if old_log_prob is None:
+        loss = -advantage * log_prob
+    else:
+        log_ratio = (log_prob - old_log_prob).where(counted, 0.0)
+        if importance_sampling_level == "sequence":
+            log_ratio = log_ratio.sum(-1, keepdim=True) / tokens
+        elif importance_sampling_level == "sequence_sum":
+            log_ratio = log_ratio.sum(-1, keepdim=True)
+        ratio = clipped = torch.exp(log_ratio)
+        if epsilon is not None:
+            high = epsilon if epsilon_high is None else epsilon_high
+            clipped = ratio.clamp(1.0 - epsilon, 1.0 + high)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if ref_hidden is not None:
-        kl = linear_kl(
-            hidden, ref_hidden, weight, bias=bias, a=a, b=b, scale=scale, temperature=temperature,
-            softcap=softcap,
-        )  # fmt: skip
-        loss = loss + kl_coef * kl
-    total = loss.where(counted, 0.0).sum()
-    return total / counted.sum().clamp(min=1) if reduction == "mean" else total
+        kl = linear_kl(rows, ref_hidden.reshape(rows.shape), weight, **options)
+        loss = loss + kl_coef * kl.view(target.shape)
+    loss = loss.where(counted, 0.0)
+    if reduction == "grpo":
+        return (loss.sum(-1, keepdim=True) / tokens).mean()
+    return loss.sum() / counted.sum().clamp(min=1) if reduction == "mean" else loss.sum()

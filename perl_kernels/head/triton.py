@@ -3,7 +3,10 @@
     stats   one sweep over the head's weight: tiles of logits live in registers, float32, and are
             folded into each row's state; with a reference, each weight tile serves both rows
     grad    the same tiles again, written as dz for a bounded block of the vocabulary, which the
-            library's matrix products turn into dhidden (and dweight) with float32 sums
+            library's matrix products turn into dhidden (and dweight, da, db) with float32 sums
+
+An adapter adds K more features to each tile's product: s b^T with s = scale * hidden a^T, both in
+hidden's type and in 16 bits as sums of two terms, K = 2 R or 3 R.
 
 The vocabulary is cut into splits that depend on its size alone, and a second kernel combines their
 states in order: a row's bits do not depend on the other rows of its batch. The largest temporaries
@@ -41,46 +44,72 @@ BLOCK_BYTES = 128 * 2**20
 
 
 @triton.jit
+def _add_products(
+    raw, raw_q,  # (BLOCK_N, BLOCK_V) float32
+    left_ptr,  # (N, K)
+    ref_ptr,  # (N, K) or None
+    right_ptr,  # (V, K)
+    rows, columns,  # of this tile
+    N, K, V,
+    stride_ln, stride_lk, stride_qn, stride_qk, stride_rv, stride_rk,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """raw + left right^T and raw_q + ref right^T; each tile of right is read once for both."""
+    in_rows = rows[:, None] < N
+    for first in range(0, K, BLOCK_K):
+        features = first + tl.arange(0, BLOCK_K)
+        inside = features[None, :] < K
+        right_ptrs = at(right_ptr, columns, features, stride_rv, stride_rk)
+        right = tl.load(right_ptrs, mask=(columns[:, None] < V) & inside, other=0.0)
+        left_ptrs = at(left_ptr, rows, features, stride_ln, stride_lk)
+        left = tl.load(left_ptrs, mask=in_rows & inside, other=0.0)
+        raw = dot(left, right.T, raw, PRECISION)
+        if ref_ptr is not None:
+            ref_ptrs = at(ref_ptr, rows, features, stride_qn, stride_qk)
+            ref = tl.load(ref_ptrs, mask=in_rows & inside, other=0.0)
+            raw_q = dot(ref, right.T, raw_q, PRECISION)
+    return raw, raw_q
+
+
+@triton.jit
 def _logits_tile(
     hidden_ptr,  # (N, H)
     ref_ptr,  # (N, H) or None
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,) or None
+    s_ptr, b_ptr,  # (N, K) and (V, K), or None: an adapter adds s b^T to the policy's logits
     rows, columns,  # of this tile
-    N, H, V,
+    N, H, V, K,
     stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
-    inverse_temperature, softcap,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """z and zq (BLOCK_N, BLOCK_V) of rows x columns, float32, -inf beyond V. Each tile of the
-    weight is read once for both; without a reference zq says nothing."""
-    in_rows, in_columns = rows[:, None] < N, columns[None, :] < V
-    z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    zq = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for first in range(0, H, BLOCK_H):
-        features = first + tl.arange(0, BLOCK_H)
-        inside = features[None, :] < H
-        weight_ptrs = at(weight_ptr, columns, features, stride_wv, stride_wh)
-        weight = tl.load(weight_ptrs, mask=(columns[:, None] < V) & inside, other=0.0)
-        hidden_ptrs = at(hidden_ptr, rows, features, stride_hn, stride_hh)
-        hidden = tl.load(hidden_ptrs, mask=in_rows & inside, other=0.0)
-        z = dot(hidden, weight.T, z, PRECISION)
-        if ref_ptr is not None:
-            ref_ptrs = at(ref_ptr, rows, features, stride_qn, stride_qh)
-            ref = tl.load(ref_ptrs, mask=in_rows & inside, other=0.0)
-            zq = dot(ref, weight.T, zq, PRECISION)
+    """The logits of rows x columns before softcap and temperature, of the policy and of the
+    reference (BLOCK_N, BLOCK_V) float32; without a reference the second say nothing."""
+    raw = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    raw_q = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    raw, raw_q = _add_products(
+        raw, raw_q, hidden_ptr, ref_ptr, weight_ptr, rows, columns, N, H, V,
+        stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh, PRECISION, BLOCK_H,
+    )  # fmt: skip
+    if s_ptr is not None:
+        raw, _ = _add_products(
+            raw, raw, s_ptr, None, b_ptr, rows, columns, N, K, V, K, 1, K, 1, K, 1,
+            PRECISION, BLOCK_H,
+        )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-        z += bias
+        raw += bias
         if ref_ptr is not None:
-            zq += bias
-    z = transform(z, inverse_temperature, softcap, HAS_SOFTCAP)
-    z = tl.where(in_columns, z, float("-inf"))
-    if ref_ptr is not None:
-        zq = transform(zq, inverse_temperature, softcap, HAS_SOFTCAP)
-        zq = tl.where(in_columns, zq, float("-inf"))
-    return z, zq
+            raw_q += bias
+    return raw, raw_q
+
+
+@triton.jit
+def _logits(raw, columns, V, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z of raw (rows, columns), -inf beyond V"""
+    z = transform(raw, inverse_temperature, softcap, HAS_SOFTCAP)
+    return tl.where(columns[None, :] < V, z, float("-inf"))
 
 
 @triton.jit
@@ -89,9 +118,10 @@ def _head_stats_kernel(
     ref_ptr,  # (N, H) or None
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,) or None
+    s_ptr, b_ptr,  # (N, K) and (V, K), or None
     target_ptr,  # (N,) or None
     state_ptr,  # (8 or 4, SPLITS, N) float32: m, l, u, t, and with a reference mq, lq, d, tq
-    N, H, V, splits, split_v,
+    N, H, V, K, splits, split_v,
     stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
     inverse_temperature, softcap,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,11 +139,15 @@ def _head_stats_kernel(
     mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
     for first in range(split * split_v, min(split * split_v + split_v, V), BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
-        z, zq = _logits_tile(
-            hidden_ptr, ref_ptr, weight_ptr, bias_ptr, rows, columns, N, H, V,
+        raw, raw_q = _logits_tile(
+            hidden_ptr, ref_ptr, weight_ptr, bias_ptr, s_ptr, b_ptr, rows, columns, N, H, V, K,
             stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
-            inverse_temperature, softcap, HAS_SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+            PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
+        z = _logits(raw, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
+        zq = z
+        if ref_ptr is not None:
+            zq = _logits(raw_q, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
         m, ell, u, mq, lq, d = fold(z, zq, m, ell, u, mq, lq, d, ref_ptr is not None)
         if target_ptr is not None:
             t = pick(z, columns, target, t)
@@ -185,34 +219,72 @@ def _head_dz_kernel(
     ref_ptr,  # (N, H), or None without d_kl
     weight_ptr,  # (V, H): a block of the vocabulary that starts at first_column
     bias_ptr,  # (V,) or None
+    s_ptr, b_ptr,  # (N, K) and (V, K), or None
     target_ptr,  # (N,) or None
     peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,  # (N,) float32
     d_log_prob_ptr, d_entropy_ptr, d_kl_ptr,  # (N,) float32 or None
     dz_ptr,  # (N, V), rows stride_dz apart
-    N, H, V, first_column, ignore_index, stride_dz,
+    N, H, V, K, first_column, ignore_index, stride_dz,
     stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
     inverse_temperature, softcap,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d (hidden weight^T) of one tile"""
+    """d loss / d logits of one tile, the logits before softcap and temperature"""
     pid, n_blocks, v_blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
     n_block, v_block = tl.swizzle2d(pid // v_blocks, pid % v_blocks, n_blocks, v_blocks, GROUP)
     rows = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = v_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    z, zq = _logits_tile(
-        hidden_ptr, ref_ptr, weight_ptr, bias_ptr, rows, columns, N, H, V,
+    raw, raw_q = _logits_tile(
+        hidden_ptr, ref_ptr, weight_ptr, bias_ptr, s_ptr, b_ptr, rows, columns, N, H, V, K,
         stride_hn, stride_hh, stride_qn, stride_qh, stride_wv, stride_wh,
-        inverse_temperature, softcap, HAS_SOFTCAP, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
+    z = _logits(raw, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
+    zq = z
+    if ref_ptr is not None:
+        zq = _logits(raw_q, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
     dz = logits_gradient(
         z, zq, rows, rows < N, first_column + columns, target_ptr,
         peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,
         d_log_prob_ptr, d_entropy_ptr, d_kl_ptr, ignore_index,
     )  # fmt: skip
-    dz *= transform_slope(z, inverse_temperature, softcap, HAS_SOFTCAP)
+    dz *= transform_slope(raw, inverse_temperature, softcap, HAS_SOFTCAP)
     dz_ptrs = at(dz_ptr, rows, columns, stride_dz, 1)
     tl.store(dz_ptrs, dz, mask=(rows[:, None] < N) & (columns[None, :] < V))
+
+
+# ------------------------------------------------------------------------------------------------
+# An adapter on the head: s b^T beside hidden weight^T
+# ------------------------------------------------------------------------------------------------
+
+
+class _Adapter:
+    """s (N, R) = scale * hidden a^T, and both sides of s b^T for the kernels."""
+
+    def __init__(self, hidden: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        self.s = hidden.new_zeros(hidden.shape[0], a.shape[0], dtype=torch.float32)
+        for term in _terms(a, hidden.dtype):
+            add_product(self.s, hidden, term.T)
+        self.s *= scale
+        left, right = _terms(self.s, hidden.dtype), _terms(b, hidden.dtype)
+        self.b = right[0]  # (V, R) in hidden's dtype
+        pairs = [(p, q) for i, p in enumerate(left) for j, q in enumerate(right) if i + j < 2]
+        self.left = torch.cat([p for p, _ in pairs], 1)  # (N, K)
+        self.right = torch.cat([q for _, q in pairs], 1)  # (V, K)
+
+    def sides(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, int]:
+        return self.left[rows], self.right[columns], self.left.shape[1]
+
+
+_NO_SIDES = (None, None, 0)
+
+
+def _terms(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The tensor as one of dtype, or as the sum of two where one would round it: products of 16-bit
+    terms then keep 16 bits of a float32 factor."""
+    first = tensor.to(dtype)
+    return [first] if tensor.dtype == dtype else [first, (tensor - first).to(dtype)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,8 +296,11 @@ def stats(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    a: Tensor | None,  # (R, H)
+    b: Tensor | None,  # (V, R)
     target: Tensor | None,  # (N,)
     ref_hidden: Tensor | None,  # (N, H)
+    scale: float,
     temperature: float,
     softcap: float,
     ignore_index: int,
@@ -240,10 +315,12 @@ def stats(
     split_v = triton.cdiv(blocks, tile.pop("SPLITS")) * tile["BLOCK_V"]
     splits = triton.cdiv(vocabulary, split_v)
     state = out.peak.new_empty(8 if has_ref else 4, splits, rows)
+    adapter = None if a is None else _Adapter(hidden, a, b, scale)
+    s, b, inner = _NO_SIDES if adapter is None else adapter.sides(slice(None), slice(None))
     with on_device_of(hidden):
         _head_stats_kernel[(triton.cdiv(rows, tile["BLOCK_N"]) * splits,)](
-            hidden, ref_hidden, weight, bias, target, state,
-            rows, hidden.shape[1], vocabulary, splits, split_v,
+            hidden, ref_hidden, weight, bias, s, b, target, state,
+            rows, hidden.shape[1], vocabulary, inner, splits, split_v,
             *_strides(hidden, ref_hidden, weight), 1.0 / temperature, softcap,
             HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
         )  # fmt: skip
@@ -258,6 +335,8 @@ def grad(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    a: Tensor | None,  # (R, H)
+    b: Tensor | None,  # (V, R)
     target: Tensor | None,  # (N,)
     ref_hidden: Tensor | None,  # (N, H)
     peak: Tensor,  # (N,) float32, as all below
@@ -267,20 +346,27 @@ def grad(
     d_log_prob: Tensor | None,
     d_entropy: Tensor | None,
     d_kl: Tensor | None,
+    scale: float,
     temperature: float,
     softcap: float,
     ignore_index: int,
     need_dhidden: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dhidden (N, H), dweight (V, H), dbias (V,) float32
+    need_dab: bool,
+) -> tuple[Tensor, ...]:  # dhidden (N, H), dweight (V, H), dbias (V,) float32, da, db
     total, vocabulary = hidden.shape[0], weight.shape[0]
     known = (peak, log_sum, entropy, gap)
     incoming = [None if d is None else d.contiguous() for d in (d_log_prob, d_entropy, d_kl)]
     dhidden = hidden.new_zeros(hidden.shape if need_dhidden else (0,))
-    dweight = peak.new_zeros(weight.shape if need_dweight else (0,))
     dbias = peak.new_zeros(weight.shape[:1] if need_dbias else (0,))
+    dtypes = [hidden.dtype if t is None else t.dtype for t in (weight, a, b)]
+    dweight, da, db = (
+        peak.new_zeros(t.shape if wanted else (0,))
+        for t, wanted in ((weight, need_dweight), (a, need_dab), (b, need_dab))
+    )
     if total > 0 and any(d is not None for d in incoming):
+        adapter = None if a is None else _Adapter(hidden, a, b, scale)
         rows = min(total, BLOCK_ROWS)
         # whole multiples of 256 columns: rows of dz start aligned, whatever the vocabulary
         most = max(1, BLOCK_BYTES // (rows * hidden.element_size() * 256))
@@ -288,27 +374,40 @@ def grad(
         buffer = hidden.new_empty(rows, width)
         for i in range(0, total, rows):
             of_rows = slice(i, min(i + rows, total))
-            sums = peak.new_zeros(hidden[of_rows].shape) if need_dhidden else None
+            h = hidden[of_rows]
+            sums = peak.new_zeros(h.shape) if need_dhidden else None
+            ds = None if adapter is None else torch.zeros_like(adapter.s[of_rows])
             for first in range(0, vocabulary, width):
                 block = slice(first, min(first + width, vocabulary))
                 dz = buffer[: of_rows.stop - i, : block.stop - first]
                 _write_dz(
-                    dz, hidden, weight, bias, target, ref_hidden, known, incoming,
+                    dz, hidden, weight, bias, adapter, target, ref_hidden, known, incoming,
                     temperature, softcap, ignore_index, of_rows, block,
                 )  # fmt: skip
                 if need_dhidden:
                     add_product(sums, dz, weight[block])
                 if need_dweight:
-                    add_product(dweight[block], dz.T, hidden[of_rows])
+                    add_product(dweight[block], dz.T, h)
                 if need_dbias:
                     dbias[block] += dz.sum(0, dtype=torch.float32)
+                if adapter is not None:
+                    add_product(ds, dz, adapter.b[block])
+                if need_dab:
+                    add_product(db[block], dz.T, adapter.s[of_rows].to(dz.dtype))
+            if adapter is not None:
+                ds *= scale
+            if need_dab:
+                add_product(da, ds.T.to(h.dtype), h)
             if need_dhidden:
+                if adapter is not None:
+                    sums.addmm_(ds, a.float())
                 dhidden[of_rows] = sums
-    return dhidden, dweight.to(weight.dtype), dbias
+    dweight, da, db = (t.to(d) for t, d in zip((dweight, da, db), dtypes, strict=True))
+    return dhidden, dweight, dbias, da, db
 
 
 def _write_dz(
-    dz, hidden, weight, bias, target, ref_hidden, known, incoming,
+    dz, hidden, weight, bias, adapter, target, ref_hidden, known, incoming,
     temperature, softcap, ignore_index, rows, columns,
 ):  # fmt: skip
     """dz (rows, columns) of the [N, V] gradient, in hidden's dtype"""
@@ -320,12 +419,14 @@ def _write_dz(
     ref = None if d_kl is None else ref_hidden[rows]
     hidden, weight = hidden[rows], weight[columns]
     bias = None if bias is None else bias[columns]
+    s, b, inner = _NO_SIDES if adapter is None else adapter.sides(rows, columns)
     tile = pinned("head_dz" if ref is None else "head_dz_ref", hidden)
     programs = triton.cdiv(dz.shape[0], tile["BLOCK_N"]) * triton.cdiv(dz.shape[1], tile["BLOCK_V"])
     with on_device_of(hidden):
         _head_dz_kernel[(programs,)](
-            hidden, ref, weight, bias, *(part(t) for t in (target, *known, *incoming)), dz,
-            dz.shape[0], hidden.shape[1], dz.shape[1], columns.start, ignore_index, dz.stride(0),
+            hidden, ref, weight, bias, s, b, *(part(t) for t in (target, *known, *incoming)), dz,
+            dz.shape[0], hidden.shape[1], dz.shape[1], inner,
+            columns.start, ignore_index, dz.stride(0),
             *_strides(hidden, ref, weight), 1.0 / temperature, softcap,
             HAS_SOFTCAP=softcap > 0.0, PRECISION=precision(hidden), **tile,
         )  # fmt: skip

@@ -53,6 +53,7 @@ def _fake_grad(logits, *rest):
 # ------------------------------------------------------------------------------------------------
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
+_OVER_BYTES = 16 * 2**20  # of gradient beside the logits before it takes their place: in cache
 
 
 def _stats(logits, target, ref_logits, temperature, softcap, ignore_index):
@@ -154,6 +155,35 @@ def _backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _ref_log_prob, _gap, 
         *ctx.options,
     )
     return (dlogits, None, None, None, None, None)
+
+
+class OverLogits(torch.autograd.Function):
+    """logits_stats with its gradient written over the logits, a block of rows at a time.
+
+    Their version counts the write: whoever else saved them for a backward that is still to come is
+    told so by autograd, as is a second backward through here.
+    """
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.perl_kernels.logits_stats(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_log_prob, _peak, _log_sum, d_entropy, _ref_log_prob, _gap, d_kl):
+        logits, target, *known = ctx.saved_tensors
+        d_log_prob = None if target is None else d_log_prob
+        d_kl = None if known[0] is None else d_kl
+        per_row = (target, *known, d_log_prob, d_entropy, d_kl)
+        logits = logits.detach()
+        height = max(1, _OVER_BYTES // (logits.shape[1] * logits.element_size()))
+        for i in range(0, logits.shape[0], height):
+            rows = slice(i, i + height)
+            parts = [t[rows] if t is not None and t.numel() else t for t in per_row]
+            logits[rows] = torch.ops.perl_kernels.logits_grad(logits[rows], *parts, *ctx.options)
+        return (logits, None, None, None, None, None)
 
 
 implement("logits_stats", _stats, _fake_stats, _setup_context, _backward)

@@ -32,11 +32,12 @@ def _load_z(
     logits_ptr, row, columns, V, stride_n, stride_v, inverse_temperature, softcap,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """z (1, columns) float32, -inf beyond V"""
+    """The logits as given, and z, (1, columns) float32; beyond V z is -inf"""
     inside = columns[None, :] < V
     raw = tl.load(at(logits_ptr, row, columns, stride_n, stride_v), mask=inside, other=0.0)
-    z = transform(raw.to(tl.float32), inverse_temperature, softcap, HAS_SOFTCAP)
-    return tl.where(inside, z, float("-inf"))
+    raw = raw.to(tl.float32)
+    z = transform(raw, inverse_temperature, softcap, HAS_SOFTCAP)
+    return raw, tl.where(inside, z, float("-inf"))
 
 
 @triton.jit
@@ -63,13 +64,13 @@ def _logits_stats_kernel(
     mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
     for first in range(0, V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
-        z = _load_z(
+        _, z = _load_z(
             logits_ptr, row, columns, V, stride_zn, stride_zv,
             inverse_temperature, softcap, HAS_SOFTCAP,
         )  # fmt: skip
         zq = z
         if ref_ptr is not None:
-            zq = _load_z(
+            _, zq = _load_z(
                 ref_ptr, row, columns, V, stride_qn, stride_qv,
                 inverse_temperature, softcap, HAS_SOFTCAP,
             )  # fmt: skip
@@ -101,13 +102,13 @@ def _logits_grad_kernel(
     """d loss / d logits of one tile of one row"""
     row = tl.program_id(0) + tl.arange(0, 1)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = _load_z(
+    raw, z = _load_z(
         logits_ptr, row, columns, V, stride_zn, stride_zv,
         inverse_temperature, softcap, HAS_SOFTCAP,
     )  # fmt: skip
     zq = z
     if ref_ptr is not None:
-        zq = _load_z(
+        _, zq = _load_z(
             ref_ptr, row, columns, V, stride_qn, stride_qv,
             inverse_temperature, softcap, HAS_SOFTCAP,
         )  # fmt: skip
@@ -115,7 +116,7 @@ def _logits_grad_kernel(
         z, zq, row, row >= 0, columns, target_ptr, peak_ptr, log_sum_ptr, entropy_ptr, gap_ptr,
         d_log_prob_ptr, d_entropy_ptr, d_kl_ptr, ignore_index,
     )  # fmt: skip
-    dz *= transform_slope(z, inverse_temperature, softcap, HAS_SOFTCAP)
+    dz *= transform_slope(raw, inverse_temperature, softcap, HAS_SOFTCAP)
     tl.store(at(dlogits_ptr, row, columns, V, 1), dz, mask=columns[None, :] < V)
 
 
