@@ -63,7 +63,7 @@ struct Shown {
 struct Thread {
   ucontext_t context;
   bool done = false;
-  int warp_turns = 0, block_turns = 0;  // barriers that it has reached
+  int warp_turns = 0, block_turns = 0;  // barriers that this thread has reached
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> committed;  // the oldest first
   Shown shown[2];  // in turns: some lanes may still read the last one
@@ -73,6 +73,8 @@ struct Block {
   bool backwards, late;
   ucontext_t scheduler;
   std::vector<Thread> threads;
+  std::vector<int> at_warp_barriers;  // how often a thread has come to one, by warp
+  int at_block_barriers = 0;
   std::vector<unsigned char> memory;
   std::function<void()> body;
   const char* trouble = nullptr;
@@ -80,7 +82,6 @@ struct Block {
 static Block* block = nullptr;
 
 static Thread& self() { return block->threads[threadIdx.x]; }
-static Thread* warp() { return &block->threads[threadIdx.x / 32 * 32]; }
 
 static void give_way() {
   const Index index = threadIdx;
@@ -92,18 +93,20 @@ static void give_way() {
 static void show(const Shown& mine) {
   const int turn = ++self().warp_turns;
   self().shown[turn % 2] = mine;
-  const Thread* lanes = warp();
-  auto late = [&](const Thread& t) { return t.warp_turns < turn; };
-  while (std::any_of(lanes, lanes + 32, late)) give_way();
+  int& here = block->at_warp_barriers[threadIdx.x / 32];
+  ++here;
+  while (here < 32 * turn) give_way();
 }
 
-static const Shown& shown_by(int lane) { return warp()[lane].shown[self().warp_turns % 2]; }
+static const Shown& shown_by(int lane) {
+  return block->threads[threadIdx.x / 32 * 32 + lane].shown[self().warp_turns % 2];
+}
 
 static void __syncthreads() {
   const int turn = ++self().block_turns;
-  auto late = [&](const Thread& t) { return t.block_turns < turn; };
+  ++block->at_block_barriers;
   do give_way();
-  while (std::any_of(block->threads.begin(), block->threads.end(), late));
+  while (block->at_block_barriers < static_cast<int>(block->threads.size()) * turn);
 }
 
 static void thread_begins() {
@@ -219,18 +222,17 @@ void load_matrices_turned(uint32_t (&m)[4], const void* row) { load_matrices(m, 
 template <typename T>
 void multiply(float (&acc)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
   show({nullptr, {left[0], left[1], left[2], left[3]}, {right0, right1}});
-  auto element = [](const uint32_t* words, int word, int half) {
-    return bf16_as_float(words[word] >> 16 * half & 0xFFFF);
-  };
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
-    const int m = lane / 4 + (i >= 2 ? 8 : 0), n = lane % 4 * 2 + (i & 1);
-    for (int k = 0; k < 16; ++k) {
-      const Shown& of_left = shown_by(m % 8 * 4 + k % 8 / 2);
-      const Shown& of_right = shown_by(n * 4 + k % 8 / 2);
-      acc[i] += element(of_left.left, (m >= 8 ? 1 : 0) + (k >= 8 ? 2 : 0), k % 2) *
-                element(of_right.right, k >= 8 ? 1 : 0, k % 2);
-    }
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  for (int k = 0; k < 16; ++k) {
+    const int from = k % 8 / 2, shift = 16 * (k % 2), high = k >= 8;
+    auto of_row = [&](int i) {  // row or row + 8
+      return bf16_as_float(shown_by(row * 4 + from).left[i + 2 * high] >> shift & 0xFFFF);
+    };
+    auto of_column = [&](int i) {  // column or column + 1
+      return bf16_as_float(shown_by((column + i) * 4 + from).right[high] >> shift & 0xFFFF);
+    };
+    const float rows[2] = {of_row(0), of_row(1)}, columns[2] = {of_column(0), of_column(1)};
+    for (int i = 0; i < 4; ++i) acc[i] += rows[i / 2] * columns[i % 2];
   }
 }
 
@@ -270,6 +272,8 @@ struct Emulator {
     for (int64_t i = 0; i < x * y * z && !trouble; ++i) {
       blockIdx = {unsigned(i % x), unsigned(i / x % y), unsigned(i / x / y)};
       one.threads = std::vector<Thread>(THREADS);
+      one.at_warp_barriers.assign(WARPS, 0);
+      one.at_block_barriers = 0;
       one.memory.assign(shared + 128, 0xFF);  // a NaN wherever it is read as a number
       if (!run_block(one)) trouble = "threads wait for each other";
       if (one.trouble) trouble = one.trouble;

@@ -91,7 +91,7 @@ SHRINK_SIZES = [
     (70, 600, 16, 1),
     (3, 136, 17, 132),
     (64, 456, 64, 1),
-    (10, 200, 100, 132),
+    (10, 264, 100, 1),
     (17, 264, 256, 1),
     (1, 1, 1, 1),
 ]
@@ -224,11 +224,12 @@ def test_eight_rows_of_a_chunk_lie_in_all_banks(emulator, columns):
 @pytest.mark.parametrize(
     ("blocks", "steps", "slots", "extra", "pieces"),
     [
-        (128, 64, 264, 1, 2),  # shrink of 8192 x 4096, R = 16: all blocks at once
-        (1, 64, 264, 1, 64),  # of one token: a block a step
-        (8, 512, 264, 4, 32),  # dy of 8192 x 4096
-        (1000, 64, 264, 1, 1),  # enough blocks as it is
-        (4, 1, 264, 1, 1),  # nothing to cut
+        (128, 64, 132, 1, 1),  # shrink of 8192 x 4096, R = 16, on an H200: as it is
+        (1, 64, 132, 1, 64),  # of one token: a block a step
+        (8, 512, 132, 4, 16),  # dy of 8192 x 4096: a block on each multiprocessor
+        (28, 512, 132, 4, 9),  # of 8192 x 14336: two on most
+        (1000, 64, 132, 1, 1),  # enough blocks as it is
+        (4, 1, 132, 1, 1),  # nothing to cut
     ],
 )
 def test_pieces(emulator, blocks, steps, slots, extra, pieces):

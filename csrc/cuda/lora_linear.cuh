@@ -95,9 +95,9 @@ __device__ void copy_tile(T* tile, const Matrix<T>& from, int64_t first_row, int
 // Forward
 // ------------------------------------------------------------------------------------------------
 
-template <int RANKS_, int STAGES_>
+template <int RANKS_, int ROWS_, int STAGES_>
 struct ShrinkTile {
-  static constexpr int RANKS = RANKS_, STAGES = STAGES_, ROWS = 64, COLUMNS = 64;
+  static constexpr int RANKS = RANKS_, ROWS = ROWS_, STAGES = STAGES_, COLUMNS = 64;
   static constexpr int X = ROWS * COLUMNS, STAGE = X + RANKS * COLUMNS;  // elements
   static constexpr int BYTES = 2 * STAGES * STAGE;
   static constexpr int BLOCKS_PER_SM = RANKS > 64 ? 1 : 2;
@@ -106,7 +106,7 @@ struct ShrinkTile {
   static constexpr int WARP_ROWS = ROWS / (WARPS / WARPS_ACROSS);
 };
 
-// One block: 64 rows, RANKS ranks, and `piece` columns from blockIdx.y * piece on.
+// One block: ROWS rows, RANKS ranks, and `piece` columns from blockIdx.y * piece on.
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(THREADS, Tile::BLOCKS_PER_SM) shrink_kernel(
     const Matrix<T> x,  // (N, D)
@@ -379,15 +379,17 @@ __global__ void __launch_bounds__(THREADS) sum_parts_kernel(
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= rows * columns) return;
   float sum = 0.f;
-#pragma unroll 4
+#pragma unroll 16
   for (int64_t part = 0; part < count; ++part) sum += parts[part * rows * columns + i];
-  out[i / columns * out_stride + i % columns] = from_float<T>(sum);
+  const bool dense = out_stride == columns;  // nothing to divide then
+  out[dense ? i : i / columns * out_stride + i % columns] = from_float<T>(sum);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Launches. A Machine has `multiprocessors`, `shared_bytes` (the most that a block may have),
 // `floats(count)` (memory that lasts until the launches are done) and `launch(kernel, grid x, y, z,
-// bytes of shared memory, arguments...)`.
+// bytes of shared memory, arguments...)`. The ring of one block keeps as many bytes on the way as a
+// multiprocessor's share of the memory needs, so work is cut for one block on each.
 // ------------------------------------------------------------------------------------------------
 
 template <typename T, typename Machine>
@@ -404,9 +406,8 @@ void shrink_with(Machine& machine, const Matrix<T>& x, const Matrix<T>& a, const
   const int64_t rank_blocks = ceil_div(a.rows, Tile::RANKS);
   const int64_t steps = std::max<int64_t>(1, ceil_div(x.columns, Tile::COLUMNS));
   // a row's part, written and read again, is as much memory as R / 16 of its steps
-  const int64_t each = steps_of_a_piece(
-      blocks * rank_blocks, steps, Tile::BLOCKS_PER_SM * machine.multiprocessors,
-      Tile::RANKS / 16);
+  const int64_t each = steps_of_a_piece(blocks * rank_blocks, steps, machine.multiprocessors,
+                                        Tile::RANKS / 16);
   const int64_t pieces = ceil_div(steps, each);
   float* parts = pieces > 1 ? machine.floats(pieces * x.rows * a.rows) : nullptr;
   machine.launch(shrink_kernel<T, Tile>, blocks, pieces, rank_blocks, Tile::BYTES, x, a, dropout,
@@ -420,11 +421,12 @@ void shrink(Machine& machine, const Matrix<T>& x, const Matrix<T>& a, const Drop
             T* s) {
   if (x.rows == 0) return;
   // As many tiles on the way as the 99 KiB hold that every architecture has; the widest has more.
-  using Widest = ShrinkTile<256, 4>;
-  if (a.rows <= 16) return shrink_with<ShrinkTile<16, 8>>(machine, x, a, dropout, s);
-  if (a.rows <= 64) return shrink_with<ShrinkTile<64, 6>>(machine, x, a, dropout, s);
+  // Many ranks want many rows, or a comes from the L2 more slowly than x from memory.
+  using Widest = ShrinkTile<256, 128, 4>;
+  if (a.rows <= 16) return shrink_with<ShrinkTile<16, 64, 8>>(machine, x, a, dropout, s);
+  if (a.rows <= 64) return shrink_with<ShrinkTile<64, 64, 6>>(machine, x, a, dropout, s);
   if (a.rows <= 128 || Widest::BYTES > machine.shared_bytes) {
-    return shrink_with<ShrinkTile<128, 4>>(machine, x, a, dropout, s);
+    return shrink_with<ShrinkTile<128, 128, 3>>(machine, x, a, dropout, s);
   }
   shrink_with<Widest>(machine, x, a, dropout, s);
 }
@@ -439,9 +441,8 @@ void ds_db_with(Machine& machine, const Matrix<T>& dy, const Matrix<T>& b, const
   float *ds_parts = nullptr, *db_parts = nullptr;
   if (blocks > 0 && steps > 0) {
     // an output's part, written and read again, is as much memory as R / 4 of its steps
-    const int64_t each = steps_of_a_piece(
-        blocks * rank_blocks, steps, Tile::BLOCKS_PER_SM * machine.multiprocessors,
-        Tile::RANKS / 4);
+    const int64_t each = steps_of_a_piece(blocks * rank_blocks, steps, machine.multiprocessors,
+                                          Tile::RANKS / 4);
     pieces = ceil_div(steps, each);
     ds_parts = machine.floats(blocks * dy.rows * b.columns);
     if (db) db_parts = machine.floats(pieces * b.rows * b.columns);
