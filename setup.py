@@ -57,6 +57,7 @@ def cuda_extension():
     return CUDAExtension(
         "perl_kernels._cuda",
         [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))],
+        depends=[str(p) for p in (ROOT / "csrc/cuda").glob("*.cuh")],
         extra_compile_args={
             "cxx": ["-O3"],
             "nvcc": ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"],

@@ -181,6 +181,110 @@ def test_dropout_obeys_the_law():
 
 
 # ------------------------------------------------------------------------------------------------
+# The thin products of lora_linear by themselves: Triton's kernels and CUDA C++'s
+# ------------------------------------------------------------------------------------------------
+
+# (N, D or O, R). 507, 123, 45: rows off 16 bytes. 17, 65: past a tile. 1: a token, its columns cut
+# into pieces. R up to 270: each width of tile, and more ranks than a block has. 8200: a whole ring
+# many times over.
+THIN_SIZES = [
+    (507, 123, 5),
+    (1, 600, 16),
+    (65, 520, 24),
+    (17, 1032, 64),
+    (130, 264, 100),
+    (70, 136, 270),
+    (8200, 1024, 16),
+    (1, 1, 1),
+]
+BOTH = pytest.mark.parametrize("backend", ["triton", "cuda"])
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+
+
+def hold_product_to_law(name, found, one, other, scale=1.0):
+    check_law(
+        name, found, scale * (one @ other), scale * (one.double() @ other.double()), one.dtype
+    )
+
+
+def thin_ds_db(kernels, dy, b, s, scale, db):
+    ds = dy.new_empty(dy.shape[0], b.shape[1] + 3)[:, 1:-2]  # as one of several projections
+    kernels._ds_db(dy, b, s, scale, ds, db)
+    return ds
+
+
+@BOTH
+@SIXTEEN_BITS
+@pytest.mark.parametrize("size", THIN_SIZES, ids=str)
+def test_thin_products(size, dtype, backend):
+    from perl_kernels.lora_linear import triton as kernels
+
+    n, d, r = size
+    x, a = torch.randn(n, d).to(dtype), (torch.randn(r, d) / d**0.5).to(dtype)
+    s = kernels._shrink(x, a, 0.0, None)
+    hold_product_to_law("s", s, x, a.T)
+    assert torch.equal(s, kernels._shrink(x, a, 0.0, None))
+    b, db = torch.randn(d, r).to(dtype), torch.empty(d, r, dtype=dtype)
+    ds = thin_ds_db(kernels, x, b, s, 0.7, db)
+    hold_product_to_law("ds", ds, x, b, 0.7)
+    hold_product_to_law("db", db, x.T, s, 0.7)
+    again = torch.empty_like(db)
+    assert torch.equal(ds, thin_ds_db(kernels, x, b, s, 0.7, again)) and torch.equal(db, again)
+    assert torch.equal(ds, thin_ds_db(kernels, x, b, s, 0.7, None))
+
+
+@BOTH
+@SIXTEEN_BITS
+@pytest.mark.parametrize("layout", ["every other column", "rows apart", "off 16 bytes", "turned"])
+def test_thin_products_of_layouts(layout, dtype, backend):
+    from perl_kernels.lora_linear import triton as kernels
+
+    whole = torch.randn(80, 160).to(dtype)
+    x = {
+        "every other column": whole[:, ::2],
+        "rows apart": whole[:, 16:96],
+        "off 16 bytes": whole[:, 3:83],
+        "turned": whole.T[:, :80],
+    }[layout]
+    a, b = torch.randn(8, 80).to(dtype), torch.randn(8, 80).to(dtype).T
+    hold_product_to_law("s", kernels._shrink(x, a, 0.0, None), x, a.T)
+    s, db = torch.randn(x.shape[0], 13).to(dtype)[:, 5:], torch.empty(80, 8)  # a float32 adapter
+    ds = thin_ds_db(kernels, x, b, s, 2.0, db)
+    hold_product_to_law("ds", ds, x, b, 2.0)
+    exact = 2.0 * x.double().T @ s.double()
+    check_law("db", db, 2.0 * x.float().T @ s.float(), exact, torch.float32)
+
+
+@BOTH
+@SIXTEEN_BITS
+@pytest.mark.parametrize("shape", [(507, 123), (1, 64), (70, 200)], ids=str)
+def test_shrink_draws_the_mask_of_the_definition(shape, dtype, backend):
+    from perl_kernels.lora_linear import triton as kernels
+
+    seed, p = torch.tensor(2**62 + 2**33 + 12345), 0.3
+    identity = torch.eye(shape[1], dtype=dtype)
+    s = kernels._shrink(torch.ones(shape, dtype=dtype), identity, p, seed)
+    kept = _dropout.keep_mask(seed.cpu(), *shape, p)
+    assert torch.equal(s.cpu(), (kept / (1 - p)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_lora_linear_with_cuda_kernels(p, dtype, backend):
+    tensors, dy = make_lora(130, 264, 136, 16, dtype), torch.randn(130, 136).to(dtype)
+    options = {"scale": 0.7, "dropout_p": p}
+    torch.manual_seed(7)
+    ours = run_lora(pk.lora_linear, tensors, dy, **options)
+    torch.manual_seed(7)
+    seed = _dropout.new_seed(torch.device("cuda")) if p else None
+    theirs = run_lora(plain_lora, tensors, dy, **options, seed=seed)
+    exact = run_lora(plain_lora, doubled(tensors), dy, **options, seed=seed)
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype)
+
+
+# ------------------------------------------------------------------------------------------------
 # lora_mlp
 # ------------------------------------------------------------------------------------------------
 
@@ -373,11 +477,6 @@ def test_logits_beyond_two_to_the_31_elements(backend):
 # ------------------------------------------------------------------------------------------------
 
 
-STEPS = [
-    "lora_linear", "lora_mlp", "multi_lora_linear", "linear_log_prob", "policy_loss", "log_prob"
-]  # fmt: skip
-
-
 def steps():
     """Each op forward and backward, as a call without arguments and the input to vary."""
     lora_tensors = make_lora(130, 96, 64, 8, torch.bfloat16)
@@ -429,6 +528,13 @@ def steps():
     }
 
 
+STEPS = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "triton") for name in ("linear_log_prob", "multi_lora_linear", "policy_loss")]
+    + [(name, b) for name in ("lora_linear", "lora_mlp", "log_prob") for b in ("triton", "cuda")],
+)
+
+
 def captured(step):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -442,8 +548,8 @@ def captured(step):
     return graph, outputs
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_cuda_graph_replays_on_new_values(name):
+@STEPS
+def test_cuda_graph_replays_on_new_values(name, backend):
     step, varied = steps()[name]
     graph, outputs = captured(step)
     with torch.no_grad():
@@ -464,8 +570,8 @@ def test_dropout_in_a_cuda_graph_draws_a_new_mask_each_time():
     assert not torch.equal(*masks)
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_nothing_waits_for_the_device_and_results_repeat(name):
+@STEPS
+def test_nothing_waits_for_the_device_and_results_repeat(name, backend):
     step, _ = steps()[name]
     first = step()
     torch.cuda.set_sync_debug_mode("error")

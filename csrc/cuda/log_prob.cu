@@ -7,24 +7,15 @@
 //
 // Letters: N rows, V columns; m, l, u, d, mq, lq as in perl_kernels/_softmax.py.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cfloat>
 #include <cstdint>
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "device.cuh"
+#include "tensor.cuh"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
+namespace perl_kernels {
 namespace {
 
 constexpr int THREADS = 512;
@@ -40,14 +31,6 @@ struct alignas(16) Pack {
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) { return x; }
-template <>
-__device__ __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // z = softcap * tanh(raw / softcap) / temperature; softcap 0 means none.
 struct Transform {
@@ -230,17 +213,6 @@ __global__ void __launch_bounds__(THREADS) logits_grad_kernel(
   }
 }
 
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* kernel) {
-  const cudaError_t status = cudaGetLastError();
-  STD_TORCH_CHECK(status == cudaSuccess, kernel, ": ", cudaGetErrorString(status));
-}
-
 // Contiguous, and so aligned that 16-byte loads are allowed.
 Tensor dense(const Tensor& tensor) {
   Tensor made = torch::stable::contiguous(tensor);
@@ -329,8 +301,9 @@ Tensor logits_grad_cuda(
 }
 
 }  // namespace
+}  // namespace perl_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(perl_kernels, CUDA, m) {
-  m.impl("logits_stats_cuda", TORCH_BOX(&logits_stats_cuda));
-  m.impl("logits_grad_cuda", TORCH_BOX(&logits_grad_cuda));
+  m.impl("logits_stats_cuda", TORCH_BOX(&perl_kernels::logits_stats_cuda));
+  m.impl("logits_grad_cuda", TORCH_BOX(&perl_kernels::logits_grad_cuda));
 }

@@ -26,6 +26,12 @@ define(
 )
 define_twins("lora_linear", "cpu")
 define_twins("lora_linear_backward", "cpu")
+# The two thin products of csrc/cuda; triton.py chooses between them and its own.
+define("lora_linear_shrink_cuda(Tensor x, Tensor a, float dropout_p, Tensor? seed) -> Tensor s")
+define(
+    "lora_linear_ds_db_cuda(Tensor dy, Tensor b, Tensor s, float scale, Tensor(a!) ds,"
+    " Tensor(b!)? db) -> ()"
+)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ library with the LoRA term as the starting value of its accumulator, so y is rou
 twice and never read by a pass of its own. Sums over many tiles are kept as float32 parts and added
 in a fixed order: no atomics, the same bits every time. The dropout mask is computed again wherever
 it is needed (see `_dropout`); the seed is read on the device, so nothing waits for the GPU.
+csrc/cuda/lora_linear.cuh has shrink and ds_db too, for the backend "cuda".
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dropout import threshold_of
+from .._library import backend_of
 from .._triton import at, dot, keep, on_device_of, pinned, precision
 
 # Up to this many tokens y is one fused kernel, bound by reading the weight; above, the library's
@@ -317,9 +319,20 @@ def _sum(parts: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def _in_cuda(like: Tensor) -> bool:
+    """Whether csrc/cuda runs shrink and ds_db: 16-bit tensors, and the backend "cuda" asked for.
+
+    "auto" stays with Triton until a GPU has measured the two in bench_lora_linear_parts.py; then
+    one of them goes.
+    """
+    return backend_of(like) == "cuda" and like.element_size() == 2
+
+
 def _shrink(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """s (N, R) = drop(x) a^T"""
     (rows, features), rank = x.shape, a.shape[0]
+    if _in_cuda(x):
+        return torch.ops.perl_kernels.lora_linear_shrink_cuda(x, a, p, seed)
     s = x.new_empty(rows, rank)
     if rows == 0:
         return s
@@ -377,6 +390,10 @@ def _by_library(
 def _ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, db: Tensor | None) -> None:
     """ds = scale * dy b ; db = scale * dy^T s"""
     (rows, outs), rank = dy.shape, b.shape[1]
+    b = b.to(dy.dtype)
+    if _in_cuda(dy):
+        torch.ops.perl_kernels.lora_linear_ds_db_cuda(dy, b, s, scale, ds, db)
+        return
     tile = pinned("lora_linear_bwd_ds_db", dy)
     block_r = _rank_block(rank, 64)
     splits = max(1, triton.cdiv(rows, tile["SPLIT_N"]))
@@ -385,7 +402,6 @@ def _ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, db: Tenso
     db_parts = None
     if db is not None:
         db_parts = dy.new_empty((splits, outs, rank), dtype=torch.float32)
-    b = b.to(dy.dtype)
     _lora_linear_bwd_ds_db_kernel[(splits, o_blocks, triton.cdiv(rank, block_r))](
         dy, b, s, ds_parts, db_parts, scale, rows, outs, rank,
         *dy.stride(), *b.stride(), s.stride(0),
