@@ -23,6 +23,7 @@ from .adapters import (
     unload_lora,
     unmerge_lora,
 )
+from .blocks import lean_blocks
 from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALinear
@@ -47,6 +48,7 @@ __all__ = [
     "disable_adapters",
     "explain",
     "kl",
+    "lean_blocks",
     "linear_kl",
     "linear_log_prob",
     "load_adapter",

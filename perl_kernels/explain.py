@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ._library import backend_of, missing
+from .blocks import LeanGatedMLP
 from .layers import LoRALayer, LoRALinear, why_unfused
 from .peft import active_in_peft, why_peft
 
@@ -26,9 +27,10 @@ class ModuleRoute(NamedTuple):
 
     module: its name in the model. base: the class that carries the adapter. shape: of the weight.
     adapters: all that it has, with their ranks. active: those that act now. route: "lora_linear",
-    the fused op; "plain LoRA", the base module and the adapter one after the other; "PEFT", the
-    peft package's own code; "base", where no adapter acts. why: the backend of a fused module,
-    else the reason why it is not fused.
+    the fused op; "lora_mlp", that of a whole lean block, where gradients are wanted; "plain LoRA",
+    the base module and the adapter one after the other; "PEFT", the peft package's own code;
+    "base", where no adapter acts. why: the backend of a fused module, else the reason why it is
+    not fused.
     """
 
     module: str
@@ -91,17 +93,29 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _rows(model: nn.Module) -> Iterator[ModuleRoute]:
+    in_lean_blocks = set()
     for name, module in model.named_modules():
+        if isinstance(module, LeanGatedMLP):
+            layers = [getattr(module, child) for child in module.structure[:3]]
+            if module.projections(layers[0].weight.dtype) is not None:
+                in_lean_blocks.update(layers)
         if isinstance(module, LoRALayer):
-            yield _ours(name, module)
+            row = _ours(name, module)
         elif hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            yield _pefts(name, module)
+            row = _pefts(name, module)
+        else:
+            continue
+        yield row._replace(route="lora_mlp") if module in in_lean_blocks else row
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    while isinstance(layer, LoRALayer):
+        layer = layer.base_layer
+    return layer
 
 
 def _ours(name: str, layer: LoRALayer) -> ModuleRoute:
-    base = layer.base_layer
-    while isinstance(base, LoRALayer):
-        base = base.base_layer
+    base = _base(layer)
     active = (layer.active_adapter,) if layer.active_adapter in layer.adapters else ()
     if layer.merged is not None:
         route, why = "base", f"adapter {layer.merged!r} is merged"

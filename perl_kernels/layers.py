@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ._arguments import FLOATS, shape_of
 from .lora_linear import lora_linear
+from .lora_mlp import LoRAProjection
 from .multi_lora_linear import multi_lora_linear
 
 __all__ = ["LoRAEmbedding", "LoRALayer", "LoRALinear", "LoRAParameter"]
@@ -208,21 +209,22 @@ class LoRALinear(LoRALayer):
         name, base = self.active_adapter, self.base_layer
         if self.rows is not None and not self.disabled:
             return self._forward_per_row(x, self.rows)
-        adapter = self.acting
-        if adapter is None:
-            return base(x)
-        if why_unfused(base):
-            y = base(x)
-            return (y + self._term(name, x)).to(y.dtype)
-        return lora_linear(
-            x,
-            base.weight.t() if self.transposed else base.weight,
-            self.lora_A[name],
-            self.lora_B[name],
-            bias=base.bias,
-            scale=adapter.scale,
-            dropout_p=adapter.dropout if self.training else 0.0,
-        )
+        found = self.as_projection(x.dtype)
+        if found is not None:
+            (weight, a, b, bias, scale), dropout_p = found
+            return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+        y = base(x)
+        return y if self.acting is None else (y + self._term(name, x)).to(y.dtype)
+
+    def as_projection(self, dtype: torch.dtype) -> tuple[LoRAProjection, float] | None:
+        """All that the layer does to an x of that dtype, and its dropout; None where it is more."""
+        name, base, adapter = self.active_adapter, self.base_layer, self.acting
+        if adapter is None or why_unfused(base):
+            return None
+        weight = base.weight.t() if self.transposed else base.weight
+        dropout_p = adapter.dropout if self.training else 0.0
+        a, b = self.lora_A[name], self.lora_B[name]
+        return LoRAProjection(weight, a, b, base.bias, adapter.scale), dropout_p
 
     def _term(self, name: str, x: Tensor) -> Tensor:
         """scale * B A dropout(x) in plain torch, in the adapter's type."""

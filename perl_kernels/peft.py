@@ -43,6 +43,7 @@ from .layers import (
     why_unfused,
 )
 from .lora_linear import lora_linear
+from .lora_mlp import LoRAProjection
 
 __all__ = ["accelerate_peft", "load_adapter", "save_adapter"]
 
@@ -490,19 +491,22 @@ class _FusedForward:
     """The forward of peft's lora.Linear, where it is plain LoRA with one adapter; else PEFT's."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if args or kwargs or why_peft(self, x.dtype):
+        found = None if args or kwargs else self.as_projection(x.dtype)
+        if found is None:
             return super().forward(x, *args, **kwargs)
+        (weight, a, b, bias, scale), dropout_p = found
+        return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
+
+    def as_projection(self, dtype: torch.dtype) -> tuple[LoRAProjection, float] | None:
+        """As `LoRALinear.as_projection`."""
+        if why_peft(self, dtype):
+            return None
         (name,) = active_in_peft(self)
         base, dropout = self.base_layer, self.lora_dropout[name]
-        return lora_linear(
-            x,
-            base.weight if isinstance(base, nn.Linear) else base.weight.t(),
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            bias=base.bias,
-            scale=self.scaling[name],
-            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return LoRAProjection(weight, a, b, base.bias, self.scaling[name]), dropout_p
 
 
 def active_in_peft(layer: nn.Module) -> list[str]:

@@ -1,0 +1,181 @@
+"""Blocks around adapted layers that keep less for backward than the model's own code does.
+
+    pk.apply_lora(model, config)        # or accelerate_peft(model)
+    pk.lean_blocks(model)
+
+A gated MLP, down(act(gate(x)) * up(x)), becomes one `pk.lora_mlp`: autograd keeps 4 F elements a
+token of it, lora_mlp 2 F, or none with save="input". With R small that is nearly all that such a
+block keeps; F is two and a half to four times the width of the model.
+
+Blocks are found by structure, whatever the model and its modules are called: a module with three
+linear children of fitting shapes. And the structure is proven: the module's own forward, with small
+random float64 layers in the place of the three, has to give what the formula gives, in training and
+in eval mode. What is not proven stays as it is. Parameters, names, hooks and state_dict stay too;
+only the module's class changes, to a subclass of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers import is_linear
+from .lora_mlp import ACTIVATIONS, SAVE, LoRAProjection, lora_mlp
+
+__all__ = ["lean_blocks"]
+
+_ACT = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+assert tuple(_ACT) == ACTIVATIONS
+
+
+class GatedMLP(NamedTuple):
+    """How a module is down(act(gate(x)) * up(x)): the names of its three children."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
+def lean_blocks(model: nn.Module, *, save: str = "gate_up") -> list[str]:
+    """Let the gated MLP blocks of `model` compute as one op that keeps less for backward, in place.
+
+    Results are the same up to rounding, except that with adapter dropout gate and up share one
+    mask, as projections of one `lora_linear` do. A block computes by its own code where nothing is
+    kept (no gradient), and as long as an adapter of it is disabled, merged, different from row to
+    row or not fused (`pk.explain`). Call it again to change `save`.
+
+    Args:
+        save: what such a block keeps beside its input: "gate_up", 2 F elements a token; "input",
+            nothing, and gate and up are computed again in backward, a third more work.
+
+    Returns:
+        The names of the blocks, in the model's order; empty where nothing has the structure.
+
+    Raises:
+        ValueError: save is neither.
+    """
+    if save not in SAVE:
+        raise ValueError(f"save is {save!r}; wanted one of {', '.join(SAVE)}")
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LeanGatedMLP):
+            structure = gated_mlp_of(module)
+            if structure is None:
+                continue
+            module.__class__ = _lean(type(module))
+            module.structure = structure
+        module.save = save
+        found.append(name)
+    return found
+
+
+class LeanGatedMLP:
+    """The forward of a gated MLP by one op, where its three layers are what that op computes."""
+
+    structure: GatedMLP
+    save: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.projections(x.dtype) if torch.is_grad_enabled() else None
+        if parts is None:
+            return super().forward(x)
+        return lora_mlp(
+            x,
+            *(projection for projection, _ in parts),
+            activation=self.structure.activation,
+            dropout_p=parts[0][1],
+            save=self.save,
+        )
+
+    def projections(self, dtype: torch.dtype) -> list[tuple[LoRAProjection, float]] | None:
+        """Gate, up and down with their dropout for an x of that dtype; None: not for the op."""
+        layers = [getattr(self, name) for name in self.structure[:3]]
+        if not all(hasattr(layer, "as_projection") for layer in layers):
+            return None
+        parts = [layer.as_projection(dtype) for layer in layers]
+        if None in parts or len({dropout_p for _, dropout_p in parts}) > 1:
+            return None
+        return parts
+
+
+@functools.cache
+def _lean(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Lean{kind.__name__}", (LeanGatedMLP, kind), {"__module__": __name__})
+
+
+# ------------------------------------------------------------------------------------------------
+# The structure, and its proof
+# ------------------------------------------------------------------------------------------------
+
+
+def gated_mlp_of(module: nn.Module) -> GatedMLP | None:
+    """The structure of a module whose own forward is proven to be a gated MLP; else None."""
+    layers = {name: _base(child) for name, child in module.named_children()}
+    linear = {name: layer for name, layer in layers.items() if is_linear(layer)}
+    others = [child for name, child in module.named_children() if name not in linear]
+    if len(linear) != 3 or "forward" in vars(module) or any(map(_does_more, others)):
+        return None
+    return next((s for s in _candidates(linear) if _is_proven(module, s)), None)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The layer under an adapter, ours or PEFT's."""
+    return getattr(module, "base_layer", module)
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Whether a child could do what a proof on random numbers does not show."""
+    return any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules()
+    ) or any(True for _ in module.parameters())
+
+
+def _candidates(linear: dict[str, nn.Module]) -> Iterator[GatedMLP]:
+    for gate, up, down in permutations(linear):
+        features = [_features(linear[name]) for name in (gate, up, down)]
+        if features[0] == features[1] and features[0][1] == features[2][0]:
+            yield from (GatedMLP(gate, up, down, activation) for activation in ACTIVATIONS)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs)"""
+    return tuple(layer.weight.shape[:: -1 if isinstance(layer, nn.Linear) else 1])
+
+
+def _is_proven(module: nn.Module, structure: GatedMLP) -> bool:
+    generator = torch.Generator().manual_seed(0)
+
+    def small(ins: int, outs: int) -> nn.Linear:
+        layer = nn.Linear(ins, outs, dtype=torch.float64, device="cpu")
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        return layer
+
+    *names, activation = structure
+    layers = gate, up, down = small(4, 6), small(4, 6), small(6, 5)
+    probe = copy.copy(module)  # its own dictionaries, so that the module's stay as they are
+    probe._modules = dict(module._modules) | dict(zip(names, layers, strict=True))
+    probe._parameters, probe._buffers = {}, {}
+    x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, 100 * x])[None]  # the large ones meet any limit
+    with torch.no_grad():
+        expected = down(_ACT[activation](gate(x)) * up(x))
+        for training in (True, False):
+            probe.training = training
+            try:
+                y = type(module).forward(probe, x)
+            except Exception:  # whatever it wants that a gated MLP does not have
+                return False
+            if not isinstance(y, Tensor) or y.shape != expected.shape:
+                return False
+            if not torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
+                return False
+    return True

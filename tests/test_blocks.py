@@ -1,0 +1,168 @@
+"""pk.lean_blocks: gated MLPs found by structure, equal results, less kept for backward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from _architectures import ARCHITECTURES, build, inputs, outputs_and_gradients
+from _tiny import difference, stir
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+import perl_kernels as pk
+from perl_kernels.blocks import GatedMLP, gated_mlp_of
+
+GATED = {  # the activation of the architectures whose blocks have the structure
+    "Llama": "silu", "Mistral": "silu", "Qwen2": "silu", "Qwen3": "silu", "LLaVA": "silu",
+    "Gemma 2": "gelu_tanh", "Gemma 3": "gelu_tanh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equal_results(name, save):
+    model = pk.apply_lora(build(name), pk.LoRAConfig(r=3, alpha=5))
+    stir(model)
+    keys, plain = list(model.state_dict()), outputs_and_gradients(model, name)
+    found = pk.lean_blocks(model, save=save)
+    assert (len(found) == 2) == (name in GATED), found
+    activations = {model.get_submodule(path).structure.activation for path in found}
+    assert activations == ({GATED[name]} if name in GATED else set())
+    routes = {row.module.rpartition(".")[0]: row.route for row in pk.explain(model)}
+    assert all(routes[path] == "lora_mlp" for path in found)
+    lean = outputs_and_gradients(model, name)
+    assert list(model.state_dict()) == keys and lean.keys() == plain.keys()
+    for key, value in lean.items():
+        assert difference(value, plain[key]) < 1e-5, key
+    twin = copy.deepcopy(model)
+    assert torch.equal(outputs_and_gradients(twin, name)["logits"], lean["logits"])
+    assert pk.lean_blocks(model) == found
+
+
+def test_on_pefts_layers():
+    plain = get_peft_model(build("Llama"), LoraConfig(r=3, target_modules="all-linear"))
+    stir(plain)
+    lean = pk.accelerate_peft(copy.deepcopy(plain))
+    assert len(pk.lean_blocks(lean)) == 2
+    wanted, got = (outputs_and_gradients(model, "Llama") for model in (plain, lean))
+    assert max(difference(got[key], wanted[key]) for key in wanted) < 1e-5
+    with lean.disable_adapter():
+        base = lean(**inputs("Llama")).logits
+    assert difference(base.detach(), build("Llama")(**inputs("Llama")).logits.detach()) < 1e-5
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Of what autograd keeps beside parameters, each memory counted once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**inputs("Llama")).loss  # noqa: B018
+    return sum(size for size, _ in kept.values())
+
+
+def test_less_is_kept():
+    model = pk.apply_lora(build("Llama"), pk.LoRAConfig(r=2))
+    plain, lean = kept_bytes(model), {}
+    for save in ("gate_up", "input"):
+        pk.lean_blocks(model, save=save)
+        lean[save] = kept_bytes(model)
+    tokens = inputs("Llama")["input_ids"].numel()
+    features = model.model.layers[0].mlp.gate_proj.out_features
+    per_block = 4 * tokens * features  # bytes of one (tokens, F)
+    assert plain - lean["gate_up"] == pytest.approx(2 * 2 * per_block, rel=0.05)
+    assert lean["gate_up"] - lean["input"] == 2 * 2 * per_block
+
+
+def test_own_code_where_the_op_is_another():
+    """Disabled, merged, per row, without gradient: never lora_mlp; then it is, again."""
+    model = pk.apply_lora(build("Llama"), pk.LoRAConfig(r=3))
+    stir(model)
+    pk.lean_blocks(model)
+    base = build("Llama")(**inputs("Llama")).logits.detach()
+    calls = []
+    original = torch.ops.perl_kernels.lora_mlp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.ops.perl_kernels, "lora_mlp", lambda *given: calls.append(1) or original(*given)
+        )
+        with pk.disable_adapters(model):
+            assert difference(model(**inputs("Llama")).logits.detach(), base) < 1e-6
+        with pk.adapters_per_row(model, [None, None]):
+            assert difference(model(**inputs("Llama")).logits.detach(), base) < 1e-6
+        with torch.no_grad():
+            adapted = model(**inputs("Llama")).logits
+        pk.merge_lora(model)
+        assert difference(model(**inputs("Llama")).logits.detach(), adapted) < 1e-5
+        pk.unmerge_lora(model)
+        assert not calls
+        model(**inputs("Llama"))
+        assert len(calls) == 2
+
+
+def test_dropout_and_checkpointing():
+    model = pk.apply_lora(build("Llama"), pk.LoRAConfig(r=3, dropout=0.5)).train()
+    stir(model)
+    pk.lean_blocks(model)
+    torch.manual_seed(3)
+    plain = outputs_and_gradients(model, "Llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(3)
+    again = outputs_and_gradients(model, "Llama")
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+
+
+def test_a_whole_step_compiles():
+    model = pk.apply_lora(build("Llama"), pk.LoRAConfig(r=3))
+    stir(model)
+    pk.lean_blocks(model)
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 5, block.gate_proj.in_features, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert difference(compiled(x).detach(), block(x).detach()) < 1e-6
+
+
+class Block(nn.Module):
+    """A gated MLP in other words; each option is something that the formula does not have."""
+
+    def __init__(self, act=F.silu, limit=None, dropout=0.0, scale=1.0, called=False):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12)
+        self.act, self.limit, self.scale, self.p = act, limit, scale, dropout
+        self.dropout = nn.Dropout(dropout if called else 0.0)
+
+    def forward(self, x):
+        h = self.act(self.w1(x)) * self.w3(x)
+        if self.limit is not None:
+            h = h.clamp(max=self.limit)
+        return self.scale * self.w2(F.dropout(self.dropout(h), self.p, self.training))
+
+
+def test_structure_is_proven():
+    assert gated_mlp_of(Block()) == GatedMLP("w1", "w3", "w2", "silu")
+    tanh = Block(act=nn.GELU(approximate="tanh"))
+    assert gated_mlp_of(tanh) == GatedMLP("w1", "w3", "w2", "gelu_tanh")
+    others = [
+        Block(act=F.gelu), Block(act=F.relu), Block(limit=1000.0), Block(scale=2.0),
+        Block(dropout=0.1), Block(dropout=0.1, called=True), nn.Sequential(nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)),
+    ]  # fmt: skip
+    assert [gated_mlp_of(module) for module in others] == [None] * len(others)
+    replaced = Block()
+    replaced.forward = lambda x: x
+    assert gated_mlp_of(replaced) is None
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="save is 'all'; wanted one of gate_up, input"):
+        pk.lean_blocks(nn.Linear(2, 2), save="all")
+    assert pk.lean_blocks(nn.Linear(2, 2)) == []
