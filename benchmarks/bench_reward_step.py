@@ -1,6 +1,6 @@
 """One training step of a reward model: LoRA by this library, LoRA by PEFT, and full tuning.
 
-    ours   transformers' Llama with a scalar head, pk.apply_lora on all linear layers
+    ours   transformers' Llama with a scalar head, pk.apply_lora on all linear layers, lean_blocks
     peft   the same by PEFT, adapters in the type of the base (its fastest form)
     full   the same model with every weight trained, as transformers runs it eagerly
 
@@ -198,6 +198,7 @@ def build(name: str, case: Case) -> nn.Module:
         model = LlamaForSequenceClassification(config).to(DTYPES[case.dtype])
     if name == "ours":
         pk.apply_lora(model, pk.LoRAConfig(r=s["R"], alpha=2 * s["R"]))
+        pk.lean_blocks(model)
         model.score.requires_grad_(True)
     elif name == "peft":
         from peft import LoraConfig, get_peft_model

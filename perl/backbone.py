@@ -102,15 +102,17 @@ class Backbone:
         if tuning not in ("lora", "full"):
             raise UsageError(f"tuning is {tuning!r}: give lora or full")
         _check_tokenizer(tokenizer, model, name)
-        if any(isinstance(module, pk.LoRALinear) for module in model.modules()):
+        if any(isinstance(module, pk.LoRALayer) for module in model.modules()):
             raise UsageError(f"{name} carries adapters already: merge them into a plain model")
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.name, self.tuning, self.lora = name, tuning, lora or pk.LoRAConfig()
         self._reference = reference or tuning == "lora"
         self._roles: dict[str, _Role] = {}
-        self._layers: dict[nn.Module, list[pk.LoRALinear]] = {}  # of each model in use
+        self._layers: dict[nn.Module, list[pk.LoRALayer]] = {}  # of each model in use
         self.device = next(model.parameters()).device
         model.eval().requires_grad_(False)
+        if tuning == "lora":
+            pk.lean_blocks(model)
         self.identity = _identity(model, name)
         _check_head(self)
 
@@ -334,7 +336,7 @@ class Backbone:
             )
         role.model.eval()
         self._roles[name] = role
-        self._layers[role.model] = [m for m in role.model.modules() if isinstance(m, pk.LoRALinear)]
+        self._layers[role.model] = [m for m in role.model.modules() if isinstance(m, pk.LoRALayer)]
         _set_requires_grad(role)
 
     def _new_score(self) -> nn.Linear:

@@ -26,7 +26,7 @@ from .adapters import (
 from .blocks import lean_blocks
 from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
-from .layers import LoRALinear
+from .layers import LoRALayer, LoRALinear
 from .log_prob import kl, log_prob, selective_log_softmax
 from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
@@ -36,6 +36,7 @@ from .peft import accelerate_peft, load_adapter, save_adapter
 __all__ = [
     "LinearKL",
     "LoRAConfig",
+    "LoRALayer",
     "LoRALinear",
     "LoRAProjection",
     "PolicyLoss",

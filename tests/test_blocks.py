@@ -7,18 +7,28 @@ import copy
 import pytest
 import torch
 from _architectures import ARCHITECTURES, build, inputs, outputs_and_gradients
+from _compare import check_law
 from _tiny import difference, stir
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
 import perl_kernels as pk
-from perl_kernels.blocks import GatedMLP, gated_mlp_of
+from perl_kernels.blocks import (
+    GatedMLP,
+    LeanGatedMLP,
+    LeanRMSNorm,
+    RMSNorm,
+    gated_mlp_of,
+    rms_norm_of,
+)
 
 GATED = {  # the activation of the architectures whose blocks have the structure
     "Llama": "silu", "Mistral": "silu", "Qwen2": "silu", "Qwen3": "silu", "LLaVA": "silu",
     "Gemma 2": "gelu_tanh", "Gemma 3": "gelu_tanh",
 }  # fmt: skip
+# LLaVA: of its language model; T5's norm is that of Llama, too
+NORMED = {*GATED, "Phi-3", "Mixtral", "Qwen3-MoE", "T5"}
 
 
 @pytest.mark.parametrize("save", ["gate_up", "input"])
@@ -27,7 +37,9 @@ def test_equal_results(name, save):
     model = pk.apply_lora(build(name), pk.LoRAConfig(r=3, alpha=5))
     stir(model)
     keys, plain = list(model.state_dict()), outputs_and_gradients(model, name)
-    found = pk.lean_blocks(model, save=save)
+    names = pk.lean_blocks(model, save=save)
+    found = [n for n in names if isinstance(model.get_submodule(n), LeanGatedMLP)]
+    assert (len(names) > len(found)) == (name in NORMED)
     assert (len(found) == 2) == (name in GATED), found
     activations = {model.get_submodule(path).structure.activation for path in found}
     assert activations == ({GATED[name]} if name in GATED else set())
@@ -39,14 +51,14 @@ def test_equal_results(name, save):
         assert difference(value, plain[key]) < 1e-5, key
     twin = copy.deepcopy(model)
     assert torch.equal(outputs_and_gradients(twin, name)["logits"], lean["logits"])
-    assert pk.lean_blocks(model) == found
+    assert pk.lean_blocks(model) == names
 
 
 def test_on_pefts_layers():
     plain = get_peft_model(build("Llama"), LoraConfig(r=3, target_modules="all-linear"))
     stir(plain)
     lean = pk.accelerate_peft(copy.deepcopy(plain))
-    assert len(pk.lean_blocks(lean)) == 2
+    assert [n.rpartition(".")[2] for n in pk.lean_blocks(lean)].count("mlp") == 2
     wanted, got = (outputs_and_gradients(model, "Llama") for model in (plain, lean))
     assert max(difference(got[key], wanted[key]) for key in wanted) < 1e-5
     with lean.disable_adapter():
@@ -80,6 +92,14 @@ def test_less_is_kept():
     features = model.model.layers[0].mlp.gate_proj.out_features
     per_block = 4 * tokens * features  # bytes of one (tokens, F)
     assert plain - lean["gate_up"] == pytest.approx(2 * 2 * per_block, rel=0.05)
+    half = model.to(torch.bfloat16)
+    pk.lean_blocks(half)
+    norms = [module for module in half.modules() if isinstance(module, LeanRMSNorm)]
+    lean_norms = kept_bytes(half)
+    for norm in norms:
+        norm.__class__ = type(norm).__mro__[2]
+    width = 4 * tokens * half.config.hidden_size  # a float32 copy; the first norm's x is frozen
+    assert kept_bytes(half) - lean_norms == pytest.approx(len(norms[1:]) * width / 2, rel=0.3)
     assert lean["gate_up"] - lean["input"] == 2 * 2 * per_block
 
 
@@ -160,6 +180,46 @@ def test_structure_is_proven():
     replaced = Block()
     replaced.forward = lambda x: x
     assert gated_mlp_of(replaced) is None
+
+
+class Norm(nn.Module):
+    def __init__(self, power=2.0, centred=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(12))
+        self.epsilon, self.power, self.centred = 1e-4, power, centred
+
+    def forward(self, x):
+        wide = x.float() - x.float().mean(-1, keepdim=True) * self.centred
+        inverse = (wide.abs().pow(self.power).mean(-1, keepdim=True) + self.epsilon).rsqrt()
+        return (wide * inverse * self.weight.float()).to(x.dtype)
+
+
+def test_norms_are_proven():
+    assert rms_norm_of(Norm()) == RMSNorm(1e-4, 0.0, False)
+    assert rms_norm_of(nn.RMSNorm(12, eps=1e-3)) == RMSNorm(1e-3, 0.0, False)
+    assert rms_norm_of(build("Llama").model.norm) == RMSNorm(1e-6, 0.0, True)
+    assert rms_norm_of(build("Gemma 2").model.norm) == RMSNorm(1e-6, 1.0, False)
+    for other in (Norm(power=1.9), Norm(centred=True), nn.LayerNorm(12), nn.RMSNorm(12)):
+        assert rms_norm_of(other) is None  # the last one's eps is that of x's type
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_gradient_of_a_norm(name, dtype):
+    """Against float64; no worse than the module's own."""
+    torch.manual_seed(0)
+    norm = build(name).model.norm.to(dtype).requires_grad_(False)
+    lean = copy.deepcopy(norm)
+    pk.lean_blocks(lean)
+    x = (3 * torch.randn(50, norm.weight.numel())).to(dtype).requires_grad_()
+    dy = torch.randn(x.shape).to(dtype)
+    assert torch.equal(lean(x), norm(x))
+    ours, own = (torch.autograd.grad(m(x), x, dy)[0] for m in (lean, norm))
+    wide = x.detach().double().requires_grad_()
+    scale = norm.weight.double() + lean.structure.shift
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + lean.structure.eps) * scale
+    (exact,) = torch.autograd.grad(y, wide, dy.double())
+    check_law("dx", ours, own, exact, dtype)
 
 
 def test_refusals():
