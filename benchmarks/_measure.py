@@ -24,6 +24,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -120,7 +122,7 @@ def measure(
     found = verify(contest.compare(), case)
     run, missing = contest.run, dict(contest.missing)
     if case.device != "cpu":
-        run = _that_fit(run, missing)
+        run = _that_run(run, missing)
         if case.graphed:
             run = _graph_all(run, missing)
     if case.device == "cpu":
@@ -136,6 +138,8 @@ def measure(
     if "copy" in contestants:
         share = contest.bytes / contest.copied_bytes / contestants["copy"]["ratio"]
         measures["share_of_copy_bandwidth"] = share
+        if "cuda" in contestants:
+            measures["share_of_copy_bandwidth, cuda"] = share * contestants["cuda"]["ratio"]
     without = contestants.get("ours without dropout")
     if without and "frozen" in contestants:
         added = contestants["frozen"]["ratio"] * (1 - 1 / without["ratio"])
@@ -277,17 +281,18 @@ def summarise(times: dict[str, list[float]]) -> tuple[float, float, dict[str, di
     return median, (high - low) / median, contestants
 
 
-def _that_fit(run: dict[str, Run], missing: dict[str, str]) -> dict[str, Run]:
-    """The contestants that this GPU has the memory for; the others are missing."""
+def _that_run(run: dict[str, Run], missing: dict[str, str]) -> dict[str, Run]:
+    """The contestants that run on this GPU; the others are missing, with the reason."""
     fitting = {}
     for name, one in run.items():
         try:
             one()
             fitting[name] = one
-        except torch.OutOfMemoryError:
+        except Exception as error:  # a peer's own, or that it needs more memory than there is
             if name == OURS:
                 raise
-            missing[name] = "out of memory"
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            missing[name] = "out of memory" if out_of_memory else f"fails: {first_line(error)}"
     torch.cuda.empty_cache()
     return fitting
 
@@ -301,7 +306,7 @@ def _graph_all(run: dict[str, Run], missing: dict[str, str]) -> dict[str, Run]:
         except RuntimeError as error:
             if name == OURS:
                 raise
-            missing[name] = f"not capturable in a CUDA graph: {str(error).splitlines()[0]}"
+            missing[name] = f"not capturable in a CUDA graph: {first_line(error)}"
     return graphs
 
 
@@ -406,6 +411,25 @@ def _answer(connection: Any, function: Callable, arguments: tuple) -> None:
 # ------------------------------------------------------------------------------------------------
 # What the rooms share
 # ------------------------------------------------------------------------------------------------
+
+
+def gpu_peer(case: Case, module: str, name: str, missing: dict[str, str]) -> Any:
+    """`name` of a peer's module that runs on a GPU alone; None, and `missing` says why, without."""
+    package = module.split(".")[0]
+    if case.device == "cpu":
+        return None
+    if find_spec(package) is None:
+        missing[package] = "not importable"
+        return None
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # peers look at the GPU, at drivers and at each other on import
+        missing[package] = f"not importable: {first_line(error)}"
+        return None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def shapes_for(preset: str, dtype: str, table: dict[str, Any]) -> Any:

@@ -27,7 +27,11 @@ import torch
 from perl_kernels import _library
 
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("perl-kernels", "torch", "triton", "transformers", "peft", "trl", "numpy")
+PACKAGES = (
+    "perl-kernels", "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth",
+    "cut-cross-entropy", "numpy",
+)  # fmt: skip
+CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 # Of what a CPU may have, what decides which matrix kernels run on it.
 INSTRUCTION_SETS = (
     "avx2", "fma", "avx512f", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -148,15 +152,14 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def clocks() -> dict[str, str]:
     """Driver, clocks, power and temperature of the GPU now; empty without nvidia-smi."""
-    wanted = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     try:
         answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"],
             capture_output=True, text=True, timeout=20, check=True,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(wanted, (s.strip() for s in answer.splitlines()[0].split(",")), strict=False))
+    return dict(zip(CLOCKS, (s.strip() for s in answer.splitlines()[0].split(",")), strict=False))
 
 
 def versions() -> dict[str, str]:

@@ -4,9 +4,13 @@ ours    pk.linear_log_prob, entropy too
 mm      hidden @ weight.T alone, forward only: writing the logits and nothing more
 eager   mm, float, logsumexp, gather; autograd's backward
 trl     TRL's chunked log p and entropy
+liger_kernel       Liger's fused linear cross entropy, a sum over the rows; on a GPU
+cut_cross_entropy  Apple's, log p of each row; on a GPU
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from benchmarks._measure import (
     Contest,
     at_rows,
     first,
+    gpu_peer,
     measure,
     some_rows,
     with_gradients,
@@ -28,11 +33,15 @@ from benchmarks._measure import (
 from perl_kernels.head import reference
 
 ROOM = "linear_log_prob"
+COMPILED = f"{TRAIN}, compiled"
 PEERS = ("trl.trainer.utils",)
 
 
 def cases(preset: str) -> list[Case]:
-    return head_cases(ROOM, (FORWARD, TRAIN), preset)
+    found = head_cases(ROOM, (FORWARD, TRAIN), preset)
+    if preset == "h200":  # not weighed: it would compile again
+        found.append(replace(found[-1], check=COMPILED, shape=found[0].shape, weighed=False))
+    return found
 
 
 def test_linear_log_prob(case, record):
@@ -41,7 +50,7 @@ def test_linear_log_prob(case, record):
 
 def contest(case: Case) -> Contest:
     hidden, _, weight, target, coefficient = inputs(case)
-    trains = case.check == TRAIN
+    trains = TRAIN in case.check
 
     def call(forward):
         # the gradient of log p with a coefficient a row, as a loss on top would send it
@@ -51,11 +60,17 @@ def contest(case: Case) -> Contest:
     run = {
         "ours": call(lambda: _ours(hidden, weight, target)),
         "mm": without_gradients(lambda: hidden @ weight.T),
-        "eager": call(lambda: eager_log_prob(hidden, weight, target)),
     }
-    trl, missing = trl_log_prob()
-    if trl:
-        run["trl"] = call(lambda: trl(hidden, weight, target))
+    missing = {}
+    if case.check == COMPILED:
+        compiled = torch.compile(eager_log_prob)
+        run["eager compiled"] = call(lambda: compiled(hidden, weight, target))
+    else:
+        run["eager"] = call(lambda: eager_log_prob(hidden, weight, target))
+        trl, missing = trl_log_prob()
+        if trl:
+            run["trl"] = call(lambda: trl(hidden, weight, target))
+        _add_gpu_peers(run, missing, case, call, hidden, weight, target)
 
     def compare() -> list[Compared]:
         rows = some_rows(len(target), case.device)
@@ -73,6 +88,28 @@ def contest(case: Case) -> Contest:
 
     n, h, v = case.shape.values()
     return Contest(run, compare, (2 if trains else 1) * 2.0 * n * h * v, missing=missing)
+
+
+def _add_gpu_peers(run, missing, case, call, hidden, weight, target) -> None:
+    """Add the peers that run on a GPU alone."""
+    cut = gpu_peer(case, "cut_cross_entropy", "linear_cross_entropy", missing)
+    if cut:
+        run["cut_cross_entropy"] = call(
+            lambda: -cut(hidden, weight, target, reduction="none").float()
+        )
+    functional = "liger_kernel.transformers.functional"
+    liger = gpu_peer(case, functional, "liger_fused_linear_cross_entropy", missing)
+    if liger:
+
+        def summed() -> Tensor:
+            # it makes gradients in forward, for whatever requires them
+            h = hidden if torch.is_grad_enabled() else hidden.detach()
+            return liger(h, weight, target, reduction="sum")
+
+        trains = case.check != FORWARD
+        run["liger_kernel"] = (
+            with_gradients(summed, [hidden], [None]) if trains else without_gradients(summed)
+        )
 
 
 def _ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,12 @@ ours    pk.log_prob with entropy, or pk.kl
 copy    one read and one write of [N, V]
 eager   log_softmax in float32, gather, entropy (or the sum of p times log-ratios)
 trl     TRL's selective_log_softmax, log p alone
+liger_kernel  Liger's cross entropy, a sum over the rows, on logits of its own, which it overwrites
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +23,7 @@ from benchmarks._measure import (
     Contest,
     at_rows,
     first,
+    gpu_peer,
     measure,
     normal,
     some_rows,
@@ -30,6 +33,7 @@ from benchmarks._measure import (
 from perl_kernels.log_prob import reference
 
 ROOM = "log_prob"
+COMPILED = f"{TRAIN}, compiled"
 PEERS = ("trl.trainer.utils",)
 KL = f"kl, {TRAIN}"
 
@@ -45,12 +49,15 @@ SHAPES = {
 def cases(preset: str) -> list[Case]:
     device = "cuda" if preset == "h200" else "cpu"
     dtypes = ("bf16", "fp32") if preset in ("quick", "full") else ("bf16",)
-    return [
+    found = [
         Case(ROOM, check, dict(zip("NV", shape, strict=True)), dtype, device)
         for dtype in dtypes
         for check in (FORWARD, TRAIN, KL)
         for shape in SHAPES[preset]
     ]
+    if preset == "h200":  # not weighed: it would compile again
+        found.append(replace(found[0], check=COMPILED, weighed=False))
+    return found
 
 
 def test_log_prob(case, record):
@@ -84,14 +91,13 @@ def contest(case: Case) -> Contest:
         run = {
             "ours": call(lambda: _ours(logits, target)),
             "copy": copy,
-            "eager": call(lambda: reference.log_prob(logits, target)),
         }
-        if find_spec("trl") is None:
-            missing["trl"] = "trl is not installed"
+        if case.check == COMPILED:
+            compiled = torch.compile(reference.log_prob)
+            run["eager compiled"] = call(lambda: compiled(logits, target))
         else:
-            from trl.trainer.utils import selective_log_softmax
-
-            run["trl"] = call(lambda: selective_log_softmax(logits, target))
+            run["eager"] = call(lambda: reference.log_prob(logits, target))
+            _add_peers(run, missing, case, call, logits, target)
 
     def compare() -> list[Compared]:
         rows = some_rows(n, case.device)
@@ -115,8 +121,28 @@ def contest(case: Case) -> Contest:
         ]  # fmt: skip
 
     one = logits.numel() * logits.element_size()
-    passes = {FORWARD: 1, TRAIN: 3, KL: 5}[case.check]  # over [N, V], at the least
+    passes = {FORWARD: 1, TRAIN: 3, COMPILED: 3, KL: 5}[case.check]  # over [N, V], at the least
     return Contest(run, compare, bytes=passes * one, copied_bytes=2 * one, missing=missing)
+
+
+def _add_peers(run, missing, case, call, logits, target) -> None:
+    if find_spec("trl") is None:
+        missing["trl"] = "trl is not installed"
+    else:
+        from trl.trainer.utils import selective_log_softmax
+
+        run["trl"] = call(lambda: selective_log_softmax(logits, target))
+    functional = "liger_kernel.transformers.functional"
+    liger = gpu_peer(case, functional, "liger_cross_entropy", missing)
+    if not liger:
+        return
+    own = logits.detach().clone().requires_grad_(case.check != FORWARD)
+
+    def summed() -> Tensor:
+        return liger(own, target, reduction="sum")
+
+    whole = with_gradients(summed, [own], [None])
+    run["liger_kernel"] = whole if own.requires_grad else without_gradients(summed)
 
 
 def _ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ frozen   F.linear, and its dx in backward: what a layer costs that is not traine
 plain    the definition in plain torch, autograd's backward
 addmm    the library's products with in-place accumulation, the kernels switched off
 peft     the layer that PEFT makes, adapters in the type of the base (its fastest form)
+unsloth  Unsloth's autograd function of one projection, which has no dropout; on a GPU
 full     the same layer trained in full: dW too
 """
 
@@ -24,6 +25,7 @@ from benchmarks._measure import (
     Case,
     Compared,
     Contest,
+    gpu_peer,
     measure,
     normal,
     shapes_for,
@@ -162,6 +164,14 @@ def contest(case: Case) -> Contest:
         layers = [peft_layer(*t, SCALE, case.dropout_p) for t in zip(weight, a, b, strict=True)]
         leaves = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)]
         run["peft"] = call(lambda: tuple(layer(x) for layer in layers), leaves)
+    if not case.dropout_p:
+        unsloth = gpu_peer(case, "unsloth.kernels.fast_lora", "LoRA_W", missing)
+        if unsloth:
+
+            def one_projection(x, w, a_i, b_i) -> Tensor:
+                return unsloth.apply(x[None], w, None, a_i, b_i, SCALE)[0]
+
+            run["unsloth"] = call(lambda: each(one_projection), adapters)
     if trains and count == 1:
         run["full"] = call(full, [x, *trained])
     if case.check == COMPILED:

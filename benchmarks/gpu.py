@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --minutes 9          build in place, GPU tests, benchmarks, table
     python -m benchmarks.gpu --dry-run            the same on the CPU at tiny shapes, nothing built
 
-Needs torch, triton, nvcc and pytest; peft, trl and transformers where they are there. Downloads
-nothing and installs nothing. Most valuable first: stop it at any time, the JSON is complete up to
-the last row. Results go to benchmarks/results and, where $OUT is set, there too with the logs.
+Needs torch, triton, nvcc and pytest; compares with peft, trl, liger_kernel, unsloth and
+cut_cross_entropy where they can be imported, and with compiled plain torch. Downloads nothing and
+installs nothing. Most valuable first: stop it at any time, the JSON is complete up to the last row.
+Results go to benchmarks/results and, where $OUT is set, there too with the logs.
 
 Exit code 0: everything that ran was right (bars may be missed); 1: the build, a test or a result
 was wrong.
@@ -44,9 +45,16 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("log_prob", "forward + backward", {}),
     ("linear_log_prob", "forward + backward", {"V": 131072}),
     ("log_prob", "kl, forward + backward", {}),
+    ("lora_linear_parts", "shrink", {"N": 8192, "R": 16}),
+    ("lora_linear_parts", "ds and db", {"O": 4096, "R": 16}),
+    ("lora_linear_parts", "shrink, dropout 0.1", {}),
+    ("lora_linear_parts", "ds and db", {}),
+    ("lora_linear_parts", "shrink", {}),
     ("lora_linear", "forward + backward, compiled", {}),
     ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
+    ("linear_log_prob", "forward + backward, compiled", {}),
+    ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
 LEFT = {"reward_step": 100.0, "": 15.0}  # seconds, by room; with less left no case is begun
@@ -126,6 +134,7 @@ def benchmark(preset: str, deadline: float, folders: list[Path]) -> Results:
     results = Results.begin("gpu" if device == "cuda" else "gpu-dry-run", preset, device)
     results.machine["ceilings"] = ceilings(device)
     results.write(folders)
+    print("\n" + "\n".join(report.setting(results)), flush=True)
     try:
         for case in in_order(cases(preset)):
             left = deadline - time.monotonic()
@@ -150,6 +159,7 @@ def one_case(
     import torch
 
     from benchmarks import bench_reward_step
+    from benchmarks._measure import first_line
 
     try:
         if case.room == bench_reward_step.ROOM:
@@ -159,7 +169,7 @@ def one_case(
 
             row = measure(module_of(case.room).contest, case, seconds, deadline=deadline)
     except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        why = first_line(error)
         results.failures[f"{case.room} {case}"] = why
         results.write(folders)
         print(f"FAILED {case.room} {case}: {why}", flush=True)
@@ -176,6 +186,9 @@ def line(row: Row) -> str:
 
     parts = [f"{row.room}: {row.check}", row.dtype, report.shape_of(row)]
     parts += [report.seconds(row.median_s), report.rate(row)]
+    for name, share in row.measures.items():
+        if name.startswith("share_of_copy_bandwidth"):
+            parts.append(f"{share:.0%} of copy{name.removeprefix('share_of_copy_bandwidth')}")
     if "ours" in row.memory:
         parts.append(f"{report.mebibytes(row.memory['ours'])} MiB")
     parts += [f"{found['ratio']:.2f} × {name}" for name, found in row.contestants.items()]

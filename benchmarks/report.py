@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._bars import geomeans
-from benchmarks._results import FOLDER, Results, Row, multiplies_bf16
+from benchmarks._results import CLOCKS, FOLDER, Results, Row, multiplies_bf16
 
 BLOCK = re.compile(
     r"(?P<open><!-- results:(?P<name>[\w.-]+)(?P<bars> bars)? -->\n)(?P<body>.*?)"
@@ -177,18 +177,24 @@ def heading(results: Results) -> list[str]:
     )
     absent = {f"{n}: {why}" for row in results.rows for n, why in row.missing.items()}
     if "ceilings" in machine:
-        lines.append(
-            "Ceilings measured in this run: "
-            + ", ".join(
-                f"{name} {per_second(value, unit)}" for name, unit, value in machine["ceilings"]
-            )
-            + "."
-        )
+        lines += setting(results)
     if results.left_out:
         lines.append(f"Not measured, the time was over: {', '.join(results.left_out)}.")
     lines += [f"FAILED {case}: {why}" for case, why in results.failures.items()]
     lines += sorted(f"Not measured, {text}." for text in absent)
     return lines
+
+
+def setting(results: Results) -> list[str]:
+    """Of a run on a GPU: the measured ceilings, clocks and versions."""
+    ceilings = [f"{n} {per_second(value, unit)}" for n, unit, value in results.machine["ceilings"]]
+    lines = [f"Ceilings measured in this run: {', '.join(ceilings)}."]
+    gpu = results.machine.get("gpu", {})
+    for when, found in (("before", gpu), ("after", gpu.get("after", {}))):
+        clocks = [f"{name} {found[name]}" for name in CLOCKS if name in found]
+        if clocks:
+            lines.append(f"The GPU {when}: {', '.join(clocks)}.")
+    return [*lines, f"Versions: {', '.join(f'{n} {v}' for n, v in results.versions.items())}."]
 
 
 def tables(rows: Sequence[Row], brief: bool = False) -> list[tuple[str, Table]]:

@@ -2,9 +2,9 @@
 // coroutines, ldmatrix and mma.sync follow the tables of the PTX manual in float32, shared and
 // fresh global memory is full of NaN. tests/test_cuda_emulation.py compiles and calls this.
 //
-// What runs is as unkind as a GPU may be: threads take their turns forwards or backwards from one
-// barrier to the next, and copies that do not wait land either at once or as late as they may. A
-// missing barrier or wait, or a tile overwritten too early, gives a wrong result in one of the two.
+// What runs is as unkind as a GPU may be: one warp after the other goes as far as it can, forwards or
+// backwards, and copies that do not wait land either at once or as late as they may. A missing
+// barrier or wait, or a tile overwritten too early, gives a wrong result in one of the two.
 //
 // Source of the layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 
@@ -62,7 +62,7 @@ struct Shown {
 
 struct Thread {
   ucontext_t context;
-  bool done = false;
+  bool done = false, at_barrier = false;
   int warp_turns = 0, block_turns = 0;  // barriers that this thread has reached
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> committed;  // the oldest first
@@ -105,8 +105,10 @@ static const Shown& shown_by(int lane) {
 static void __syncthreads() {
   const int turn = ++self().block_turns;
   ++block->at_block_barriers;
+  self().at_barrier = true;
   do give_way();
   while (block->at_block_barriers < static_cast<int>(block->threads.size()) * turn);
+  self().at_barrier = false;
 }
 
 static void thread_begins() {
@@ -115,7 +117,7 @@ static void thread_begins() {
   give_way();
 }
 
-// Every thread in turn until all are done. False when nothing moves any more.
+// Every warp in turn as far as it can go, until all are done. False when nothing moves any more.
 static bool run_block(Block& one) {
   block = &one;
   const int count = static_cast<int>(one.threads.size());
@@ -130,17 +132,25 @@ static bool run_block(Block& one) {
     context.uc_link = nullptr;
     makecontext(&context, thread_begins, 0);
   }
-  for (int turn = 0; turn < 1'000'000; ++turn) {
-    bool moving = false;
-    for (int i = 0; i < count; ++i) {
-      threadIdx.x = one.backwards ? count - 1 - i : i;
-      if (self().done) continue;
-      moving = true;
-      swapcontext(&one.scheduler, &self().context);
+  auto all = [&](int first, int threads, auto state) {
+    return std::all_of(&one.threads[first], &one.threads[first] + threads, state);
+  };
+  auto stands = [](const Thread& t) { return t.done || t.at_barrier; };
+  auto done = [](const Thread& t) { return t.done; };
+  for (int rounds = 0; !all(0, count, done); ++rounds) {
+    for (int i = 0; i < count; i += 32) {
+      const int warp = one.backwards ? count - 32 - i : i;
+      for (int turns = 0; turns == 0 || !all(warp, 32, stands); ++turns) {
+        for (int lane = 0; lane < 32; ++lane) {
+          threadIdx.x = warp + (one.backwards ? 31 - lane : lane);
+          if (!self().done) swapcontext(&one.scheduler, &self().context);
+        }
+        if (turns > 100'000) return false;
+      }
     }
-    if (!moving) return true;
+    if (rounds > 100'000) return false;
   }
-  return false;
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------------

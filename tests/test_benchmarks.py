@@ -18,8 +18,8 @@ from benchmarks._results import Results, Row
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
 ROOMS = [
-    "lora_linear", "lora_mlp", "multi_lora_linear", "linear_log_prob", "linear_kl", "policy_loss",
-    "log_prob",
+    "lora_linear", "lora_linear_parts", "lora_mlp", "multi_lora_linear",
+    "linear_log_prob", "linear_kl", "policy_loss", "log_prob",
 ]  # fmt: skip
 
 
@@ -93,6 +93,40 @@ def test_rounds_fill_the_time_within_limits():
     assert _measure.rounds_for(one_round=1.0, seconds=1.0) == 5
     assert _measure.rounds_for(one_round=30.0, seconds=1.0) == 3
     assert _measure.rounds_for(one_round=1e-6, seconds=1.0) == 201
+
+
+# ------------------------------------------------------------------------------------------------
+# Peers
+# ------------------------------------------------------------------------------------------------
+
+
+def test_peers_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
+    (tmp_path / "peer_without_driver.py").write_text("raise OSError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    on_gpu, missing = Case("none", "none", {"N": 1}, "bf16", "cuda"), {}
+    assert _measure.gpu_peer(on_gpu, "no_such_peer.ops", "run", missing) is None
+    assert _measure.gpu_peer(on_gpu, "peer_without_driver", "run", missing) is None
+    assert _measure.gpu_peer(on_gpu, "json", "loads", missing) is json.loads
+    assert missing == {
+        "no_such_peer": "not importable",
+        "peer_without_driver": "not importable: OSError: no driver",
+    }
+    assert _measure.gpu_peer(replace(on_gpu, device="cpu"), "json", "loads", {}) is None
+
+
+def test_a_peer_that_fails_does_not_end_the_case():
+    def failing(error):
+        def run():
+            raise error
+
+        return run
+
+    run, missing = {"ours": tuple, "a": failing(RuntimeError("its own\nfault"))}, {}
+    run["b"] = failing(torch.OutOfMemoryError("of 99 GiB"))
+    assert list(_measure._that_run(run, missing)) == ["ours"]
+    assert missing == {"a": "fails: RuntimeError: its own", "b": "out of memory"}
+    with pytest.raises(RuntimeError, match="its own"):
+        _measure._that_run({"ours": run["a"]}, {})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,6 +284,19 @@ def test_markdown_has_a_line_per_row_and_per_bar():
     assert "| bf16 | N8 D4 O4 R16 | 2 ms | 5% | 3 GFLOP/s | 1.00 | 0.40 | 3.0, 9.0 |" in text
     assert "| lora_linear: forward + backward | bf16 | ours/frozen ≤ 1.3 | worst," in text
     assert "bars: 8 met, 0 missed, 2 not measured" in text
+
+
+def test_a_run_on_a_gpu_tells_ceilings_clocks_and_versions():
+    results = make_results(make_row())
+    results.machine["ceilings"] = [["copy", "B/s", 4.3e12]]
+    results.machine["gpu"] = {"clocks.sm": "345 MHz", "after": {"clocks.sm": "1980 MHz"}}
+    ceilings, before, after, versions = report.setting(results)
+    assert ceilings == "Ceilings measured in this run: copy 4.3 TB/s."
+    assert before == "The GPU before: clocks.sm 345 MHz."
+    assert after == "The GPU after: clocks.sm 1980 MHz."
+    assert (
+        versions.startswith("Versions: perl-kernels 1.0, torch 1.0") and "unsloth 1.0" in versions
+    )
 
 
 def test_the_worst_shape_is_the_one_reported():

@@ -1,10 +1,12 @@
-"""Every .cu file compiles for Ampere, Hopper and Blackwell, without a spilled register.
+"""Every .cu file compiles for Ampere, Hopper and Blackwell, without a spilled register, and what is
+meant for the tensor cores goes there.
 
 `python tests/test_cuda_compile.py [80 90a 100]` prints what ptxas reports of every kernel.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from torch.utils.cpp_extension import include_paths
 SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
 TARGETS = ["80", "90a", "100"]
 NVCC = shutil.which("nvcc")
+NO_PRODUCT = ("logits_", "sum_parts_")  # kernels that have nothing for the tensor cores
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<target>sm_\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -69,6 +72,26 @@ def check(source: Path, targets: list[str], folder: Path) -> None:
     assert not [kernel for kernel in found if kernel.spills]
 
 
+def disassembler() -> str | None:
+    """cuobjdump, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    of_triton = Path(triton.origin).parent / "backends/nvidia/bin" if triton else ""
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=of_triton)
+
+
+def check_instructions(program: str, binary: Path) -> None:
+    """Products by the tensor cores, 16-byte copies that do not wait, nothing in local memory."""
+    done = subprocess.run([program, "-sass", str(binary)], capture_output=True, text=True)
+    for function in done.stdout.split("Function : ")[1:]:
+        name = function.split()[0]
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+        if not any(word in name for word in NO_PRODUCT):
+            assert "HMMA.16816.F32" in function, name
+            assert re.search(r"LDGSTS\.E\S*\.128", function), name
+            assert "LDSM.16.M88.4" in function, name
+    assert done.returncode == 0 and "Function : " in done.stdout, done.stderr
+
+
 def with_headers(source: Path) -> list[Path]:
     """A .cu file and, where it has one, the .cuh of the same name."""
     return [path for path in (source, source.with_suffix(".cuh")) if path.exists()]
@@ -78,6 +101,9 @@ def with_headers(source: Path) -> list[Path]:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
 def test_compiles_without_spills(source, tmp_path):
     check(source, ["90a"], tmp_path)
+    program = disassembler()
+    if program:
+        check_instructions(program, tmp_path / "kernel.o")
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from perl_kernels._dropout import drop, keep_mask, threshold_of
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++")
-# Threads in turn and copies at once; threads in reverse and copies as late as they may.
-ORDERS = [(False, False), (True, True), (False, True)]
+# Warps in turn and copies at once; warps in reverse and copies as late as they may; and across.
+ORDERS = [(False, False), (True, True), (True, False)]
 SMALL, LARGE = 99 << 10, 227 << 10  # bytes of shared memory of the smallest card and of an H200
 
 pytestmark = [

@@ -104,6 +104,7 @@ struct ShrinkTile {
   static constexpr int WARPS_ACROSS = RANKS > 64 ? 4 : 2;
   static constexpr int WARP_RANKS = RANKS / WARPS_ACROSS;
   static constexpr int WARP_ROWS = ROWS / (WARPS / WARPS_ACROSS);
+  static constexpr int UNROLL = RANKS > 128 ? 1 : 2;  // of two: its sums leave few registers
 };
 
 // One block: ROWS rows, RANKS ranks, and `piece` columns from blockIdx.y * piece on.
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS_PER_SM) shrink_kernel(
     if (step < 0) continue;
     const T* x_tile = tile_of(step);
     const T* a_tile = x_tile + Tile::X;
-#pragma unroll
+#pragma unroll Tile::UNROLL
     for (int k = 0; k < Tile::COLUMNS; k += 32) {
       uint32_t left[2][Tile::WARP_ROWS / 16][4];
 #pragma unroll
