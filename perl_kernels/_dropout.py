@@ -60,7 +60,7 @@ def threshold_of(p: float) -> int:
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """(rows, columns) bool: True where the element is kept, with probability 1 - p."""
     words = philox_words(seed, rows, (columns + 7) // 8)
-    numbers = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, -1)
+    numbers = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)
     return numbers[:, :columns] >= threshold_of(p)
 
 

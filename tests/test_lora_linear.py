@@ -286,3 +286,13 @@ def test_results_repeat_bit_for_bit(backend):
     ]
     for run, name in itertools.product(runs[1:], runs[0]):
         assert torch.equal(run[name], runs[0][name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_dropout_of_no_rows(backend):
+    x, weight = torch.zeros(0, 9, requires_grad=True), torch.zeros(4, 9)
+    a, b = torch.zeros(2, 9, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+    with pk.use_backend(backend):
+        y = pk.lora_linear(x, weight, a, b, dropout_p=0.5)
+        y.sum().backward()
+    assert y.shape == (0, 4) and x.grad.shape == (0, 9) and not a.grad.any() and not b.grad.any()
