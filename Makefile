@@ -51,7 +51,7 @@ asan: setup
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
 	$(BIN)/pytest -q -s -p no:cacheprovider -k "not instruction_set and not memory" \
-	  $(addprefix tests/test_,$(addsuffix .py,cpu_kernels lora_linear lora_mlp head log_prob))
+	  $(addprefix tests/test_,$(addsuffix .py,cpu_kernels lora_linear lora_mlp multi_lora_linear rms_norm head log_prob))
 
 clean:
 	rm -rf build dist *.egg-info perl_kernels/*.so perl_kernels/_cpu.json perl_kernels/_cuda.json

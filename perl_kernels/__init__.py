@@ -32,6 +32,7 @@ from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
 from .multi_lora_linear import multi_lora_linear
 from .peft import accelerate_peft, load_adapter, save_adapter
+from .rms_norm import rms_norm
 
 __all__ = [
     "LinearKL",
@@ -59,6 +60,7 @@ __all__ = [
     "merge_lora",
     "multi_lora_linear",
     "policy_loss",
+    "rms_norm",
     "save_adapter",
     "selective_log_softmax",
     "set_adapter",

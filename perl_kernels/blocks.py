@@ -6,8 +6,8 @@
 Gated MLP, down(act(gate(x)) * up(x)): becomes one `pk.lora_mlp`. Autograd keeps 4 F elements a
 token of it, lora_mlp 2 F, or none with save="input"; F is 2.5 to 4 times the width D.
 
-RMSNorm: autograd keeps x in float32, whatever x is. Here it is x as it came, and the rest is
-computed again. That saves 2 D bytes a token and norm in 16-bit models, nothing in float32.
+RMSNorm: becomes `pk.rms_norm`. Autograd keeps x in float32, whatever x is; rms_norm keeps x as it
+came, which saves 2 D bytes a token and norm in 16-bit models, and goes over it once.
 
 What a decoder layer of a Llama keeps then, in elements of D a token, with F = 8/3 D: 4 for q, k, v
 and what attention makes of them, which is o's input too; 1 for the input of q, k and v and 1 for
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from .layers import is_linear
 from .lora_mlp import ACTIVATIONS, SAVE, LoRAProjection, lora_mlp
+from .rms_norm import CASTING_MODES, reference, rms_norm
 
 __all__ = ["lean_blocks"]
 
@@ -51,21 +52,21 @@ class GatedMLP(NamedTuple):
 
 
 class RMSNorm(NamedTuple):
-    """How a module is weight * x / sqrt(mean(x^2) + eps)."""
+    """How a module is an RMSNorm: the keywords of `pk.rms_norm`."""
 
     eps: float
-    shift: float  # added to the weight: 1 where it is stored as a difference from 1
-    rounds_first: bool  # to x's type, before the weight is multiplied in
+    offset: float
+    casting_mode: str
 
 
 def lean_blocks(model: nn.Module, *, save: str = "gate_up") -> list[str]:
     """Let the gated MLPs and RMSNorms of `model` keep less for backward, in place.
 
     Results are the same up to rounding, except that with adapter dropout gate and up share one
-    mask, as projections of one `lora_linear` do. A block computes by its own code where nothing is
-    kept (no gradient); a norm also where its weight is trained; an MLP as long as an adapter of it
-    is disabled, merged, different from row to row or not fused (`pk.explain`). Call it again to
-    change `save`.
+    mask, as projections of one `lora_linear` do. An MLP computes by its own code where nothing is
+    kept (no gradient), and as long as an adapter of it is disabled, merged, different from row to
+    row or not fused (`pk.explain`); a norm where its weight is trained, or of another type than x.
+    Call it again to change `save`.
 
     Args:
         save: what an MLP keeps beside its input: "gate_up", 2 F elements a token; "input", nothing,
@@ -139,47 +140,9 @@ class LeanRMSNorm:
     structure: RMSNorm
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and x.requires_grad
-        if not learns or self.weight.requires_grad or x.dtype == torch.float64:
+        if self.weight.requires_grad or x.dtype != self.weight.dtype or x.dtype == torch.float64:
             return super().forward(x)
-        return _RMSNorm.apply(x, self.weight, self.structure)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """n = x / sqrt(mean(x^2) + eps) ; y = w n ; dn = w dy ; dx = (dn - n mean(dn n)) n / x"""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, structure: RMSNorm) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.structure = structure
-        return scaled_norm(x, weight, structure)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        eps, shift, rounds_first = ctx.structure
-        n, inverse = _normalised(x, eps)
-        if rounds_first:
-            dn = (dy * (weight + shift if shift else weight)).float()
-        else:
-            dn = dy.float() * (weight.float() + shift)
-        dx = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(inverse)
-        return dx.to(x.dtype), None, None
-
-
-def scaled_norm(x: Tensor, weight: Tensor, structure: RMSNorm) -> Tensor:
-    """The formula, in x's type, with the sums and the root in float32."""
-    eps, shift, rounds_first = structure
-    n, _ = _normalised(x, eps)
-    if rounds_first:
-        return (weight + shift if shift else weight) * n.to(x.dtype)
-    return (n * (weight.float() + shift)).to(x.dtype)
-
-
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.float()
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide * inverse, inverse
+        return rms_norm(x, self.weight, **self.structure._asdict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,10 +223,10 @@ def rms_norm_of(module: nn.Module) -> RMSNorm | None:
         return None
     numbers = {value for value in vars(module).values() if isinstance(value, float)}
     candidates = (
-        RMSNorm(eps, shift, rounds_first)
+        RMSNorm(eps, offset, casting_mode)
         for eps in sorted(numbers)
-        for shift in (0.0, 1.0)
-        for rounds_first in (True, False)
+        for offset in (0.0, 1.0)
+        for casting_mode in CASTING_MODES
     )
     return next((s for s in candidates if _is_proven_norm(module, len(weight), s)), None)
 
@@ -277,7 +240,7 @@ def _is_proven_norm(module: nn.Module, features: int, structure: RMSNorm) -> boo
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             probe._parameters = {"weight": nn.Parameter(weight.to(dtype))}
-            expected = scaled_norm(x.to(dtype), weight.to(dtype), structure)
+            expected = reference.rms_norm(x.to(dtype), weight.to(dtype), **structure._asdict())
             try:
                 y = type(module).forward(probe, x.to(dtype))
             except Exception:  # whatever it wants that a norm does not have

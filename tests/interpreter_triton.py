@@ -7,6 +7,7 @@ import pytest
 import test_head as clipped
 import test_lora_mlp as mlp
 import test_multi_lora_linear as multi
+import test_rms_norm as norm
 import torch
 from _compare import check_law, doubled
 
@@ -618,3 +619,18 @@ def test_logits_layouts(case):
         torch.autograd.grad(ours, logits, incoming),
         torch.autograd.grad(theirs, logits, incoming.reshape(-1)),
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# rms_norm
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm(dtype):
+    for mode in norm.CASTING_MODES:
+        norm.test_law("triton", dtype, mode)
+
+
+def test_rms_norm_layouts():
+    norm.test_float64_gradient_and_layouts("triton")

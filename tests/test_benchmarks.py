@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 MIB = 2**20
 ROOMS = [
     "lora_linear", "lora_linear_parts", "lora_mlp", "multi_lora_linear",
-    "linear_log_prob", "linear_kl", "policy_loss", "log_prob",
+    "rms_norm", "linear_log_prob", "linear_kl", "policy_loss", "log_prob",
 ]  # fmt: skip
 
 

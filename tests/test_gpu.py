@@ -11,6 +11,7 @@ from perl_kernels import _dropout, _library
 from perl_kernels.head import reference as head
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
+from perl_kernels.rms_norm import reference as norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -329,6 +330,21 @@ def test_a_cuda_graph_reads_the_rows_adapters_anew():
 
 # (N, H, V). 50257, 1003: multiples of no tile. N = 1: one row. V = 2: the smallest choice.
 HEAD_SIZES = [(7, 33, 1003), (1, 64, 50257), (19, 5, 2), (300, 256, 4099)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (37, 130), (65, 4096), (3, 16384)], ids=str)
+def test_rms_norm(sizes, dtype):
+    x, dy, weight = (torch.randn(*s).to(dtype) for s in (sizes, sizes, sizes[1:]))
+    found = []
+    for function, cast in ((pk.rms_norm, dtype), (norm.rms_norm, dtype), (norm.rms_norm, None)):
+        given = [t.double() if cast is None else t for t in (x, weight, dy)]
+        given[0].requires_grad_()
+        y = function(*given[:2], eps=1e-3)
+        found.append((y.detach(), *torch.autograd.grad(y, given[0], given[2])))
+    scale = float((dy * weight).double().abs().mean()) if sizes[1] == 1 else None
+    check_law("y", *(f[0] for f in found), dtype)
+    check_law("dx", *(f[1] for f in found), dtype, scale)
 
 
 def make_head(n, h, v, dtype, trainable=False, bias=False):

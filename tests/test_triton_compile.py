@@ -24,7 +24,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-ROOMS = ("lora_linear", "multi_lora_linear", "head", "log_prob")
+ROOMS = ("lora_linear", "multi_lora_linear", "rms_norm", "head", "log_prob")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -40,6 +40,8 @@ NO_PRODUCT = {
     "_lora_linear_sum_kernel",
     "_multi_lora_linear_segments_kernel",
     "_multi_lora_linear_sum_kernel",
+    "_rms_norm_fwd_kernel",
+    "_rms_norm_bwd_kernel",
     "_head_combine_kernel",
     "_logits_stats_kernel",
     "_logits_grad_kernel",
@@ -131,7 +133,9 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
         _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
         _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0, rank=16)
         _call_log_prob(log_prob, dtype, with_ref=True)
+        _call_rms_norm(modules["rms_norm"], dtype, 4096)
         if every:
+            _call_rms_norm(modules["rms_norm"], dtype, 16384)
             _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8), dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=256, dropout_p=0.1)
@@ -192,6 +196,12 @@ def _call_head(
     incoming = (row, row, row if with_ref else None)
     need = (True, False, False, rank > 0)
     module.grad(*inputs, row, row, row, row, *incoming, *options, *need)
+
+
+def _call_rms_norm(module, dtype, features: int) -> None:
+    x, weight = torch.zeros(2, features, dtype=dtype), torch.zeros(features, dtype=dtype)
+    module.forward(x, weight, 1e-6, 0.0, True)
+    module.backward(x, x, weight, 1e-6, 0.0)
 
 
 def _call_log_prob(module, dtype, with_ref: bool) -> None:

@@ -63,6 +63,13 @@ struct Kernels {
   // values[i] += addend[i]
   void (*accumulate)(const float* addend, int64_t n, float* values);
 
+  // sum of a[i] b[i]
+  double (*dot)(const float* a, const float* b, int64_t n);
+  // out[i] = alpha a[i] w[i], and alpha a[i] + beta b[i]; out may be an operand
+  void (*weight)(float alpha, const float* a, const float* w, int64_t n, float* out);
+  void (*combine)(
+      float alpha, const float* a, float beta, const float* b, int64_t n, float* out);
+
   // out[i][j] = or += sum over k < n of left[i][k] right[j][k], for i < rows and j < count; out has
   // room for count rounded up to 16. The right rows are read as they lie, once for every four left
   // ones; left is float32, or bfloat16 like right.

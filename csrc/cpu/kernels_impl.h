@@ -339,6 +339,32 @@ void accumulate(const float* addend, int64_t n, float* values) {
   for (int64_t i = 0; i < n; ++i) values[i] += addend[i];
 }
 
+// Four sums, so that one does not wait for itself.
+double dot(const float* a, const float* b, int64_t n) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) sums[j] += load(a + i + j * W) * load(b + i + j * W);
+  }
+  for (; i + W <= n; i += W) sums[0] += load(a + i) * load(b + i);
+  double sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) sum += double{a[i]} * double{b[i]};
+  return sum;
+}
+
+void weight(float alpha, const float* a, const float* w, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, alpha * load(a + i) * load(w + i));
+  for (; i < n; ++i) out[i] = alpha * a[i] * w[i];
+}
+
+void combine(float alpha, const float* a, float beta, const float* b, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, alpha * load(a + i) + beta * load(b + i));
+  for (; i < n; ++i) out[i] = alpha * a[i] + beta * b[i];
+}
+
 // ------------------------------------------------------------------------------------------------
 // Inner products of rows as they lie in memory
 // ------------------------------------------------------------------------------------------------
@@ -794,8 +820,8 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
-    to_float, from_float, accumulate, dots, drop, gated, gated_gradient, transform, fold, fold_pair,
-    weigh, weigh_pair, gradient,
+    to_float, from_float, accumulate, dot, weight, combine, dots, drop, gated, gated_gradient,
+    transform, fold, fold_pair, weigh, weigh_pair, gradient,
 };
 
 }  // namespace perl_kernels::cpu
