@@ -215,7 +215,7 @@ def multi_results(tensors, scale, adapter, dy, p, seed, compiled: bool):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_law_multi_lora_linear(dtype):
     law = Law(dtype)
-    for case in range(36):
+    for case in cases(45):
         torch.set_num_threads(1 + case % 2)
         tensors, *rest = multi_case(case, dtype)
         law.add(

@@ -81,7 +81,9 @@ def _describe(architecture: str, room: str, kernel, dtype: str, args, kwargs) ->
     signature, constants, aligned = {}, {}, []
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        one = special and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -90,7 +92,7 @@ def _describe(architecture: str, room: str, kernel, dtype: str, args, kwargs) ->
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            aligned += [i] if value % 16 == 0 else []
+            aligned += [i] if special and value % 16 == 0 else []
     return Launch(
         architecture, room, kernel.__name__, dtype, tuple(signature.items()),
         tuple(constants.items()), tuple(aligned), options,

@@ -73,13 +73,14 @@ def _tiles_of(start_ptr, G, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _tile_at(start_ptr, tile, G, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
-    """Its adapter, its first place in the order, and the end of its adapter's places: 0 where there
-    are fewer tiles than that."""
+    """Its adapter, its first place in the order, and the end of its adapter's places. Where there
+    are fewer tiles than that the adapter is none and the end 0."""
     groups, tiles, begin, end = _tiles_of(start_ptr, G, BLOCK_N, GROUPS)
     after = tl.cumsum(tiles, 0)
     g = tl.sum((after <= tile).to(tl.int32), 0)
     first = begin + (tile - after + tiles) * BLOCK_N
-    return g, tl.sum(tl.where(groups == g, first, 0), 0), tl.sum(tl.where(groups == g, end, 0), 0)
+    first, end = tl.where(groups == g, first, 0), tl.where(groups == g, end, 0)
+    return g, tl.sum(first, 0), tl.sum(end, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def _multi_lora_linear_shrink_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for first in range(0, tl.where((g < G) & (end > 0), D, 0), BLOCK_D):
+    for first in range(0, tl.where(g < G, D, 0), BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         in_columns = columns[None, :] < D
         x_ptrs = at(x_ptr, rows, columns, stride_xn, stride_xd)
@@ -150,7 +151,7 @@ def _multi_lora_linear_expand_kernel(
     in_columns = columns[None, :] < D
     a_ptr += g.to(tl.int64) * R * D
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for first in range(0, tl.where((g < G) & (end > 0), R, 0), BLOCK_R):
+    for first in range(0, tl.where(g < G, R, 0), BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         in_s = inside[:, None] & (ranks[None, :] < R)
         s = tl.load(at(s_ptr, places, ranks, R, 1), mask=in_s, other=0.0)
@@ -206,7 +207,7 @@ def _multi_lora_linear_reduce_kernel(
     tl.store(at(parts_ptr, ranks, columns, D, 1), acc.T, mask=in_parts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["g"])
 def _multi_lora_linear_sum_kernel(
     parts_ptr,  # (chunks, R, D) float32
     start_ptr,  # (G + 2,)
