@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -54,6 +55,22 @@ def eager_kl(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, target: Tensor)
     with torch.no_grad():
         log_q = torch.log_softmax((ref_hidden @ weight.T).float(), 1)
     return (log_p.exp() * (log_p - log_q)).sum(1), log_p.gather(1, target[:, None])[:, 0]
+
+
+def by_blocks(case: Case, ours: Callable) -> dict[str, Callable]:
+    """Ours by the head's other route on a GPU, where one campaign shall tell which stays."""
+    if case.device != "cuda":
+        return {}
+    from perl_kernels.head import triton as kernels
+
+    def run():
+        route, kernels.ROUTE = kernels.ROUTE, "blocks"
+        try:
+            return ours()
+        finally:
+            kernels.ROUTE = route
+
+    return {"blocks": run}
 
 
 def trl_log_prob():

@@ -1,6 +1,7 @@
 """linear_log_prob (log p and entropy from hidden states) beside the bare product and eager torch.
 
 ours    pk.linear_log_prob, entropy too
+blocks  the same by the head's other route, on a GPU
 mm      hidden @ weight.T alone, forward only: writing the logits and nothing more
 eager   mm, float, logsumexp, gather; autograd's backward
 trl     TRL's chunked log p and entropy
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._bars import FORWARD, TRAIN
-from benchmarks._head import eager_log_prob, head_cases, inputs, trl_log_prob
+from benchmarks._head import by_blocks, eager_log_prob, head_cases, inputs, trl_log_prob
 from benchmarks._measure import (
     Case,
     Compared,
@@ -62,6 +63,7 @@ def contest(case: Case) -> Contest:
         "mm": without_gradients(lambda: hidden @ weight.T),
     }
     missing = {}
+    run |= by_blocks(case, run["ours"])
     if case.check == COMPILED:
         compiled = torch.compile(eager_log_prob)
         run["eager compiled"] = call(lambda: compiled(hidden, weight, target))

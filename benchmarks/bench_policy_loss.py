@@ -1,6 +1,7 @@
 """policy_loss (the REINFORCE loss with its gradient made in forward) beside the product and eager.
 
 ours    pk.policy_loss; with exact KL: to the reference's hidden states, kl_coef 0.1
+blocks  the same by the head's other route, on a GPU (not with KL)
 mm      hidden @ weight.T alone, once and forward only
 eager   the same loss from [N, V] log-probabilities in float32; autograd's backward
 trl     the loss on top of TRL's chunked log p (it has no exact KL)
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._bars import POLICY_KL, TRAIN
-from benchmarks._head import eager_kl, eager_log_prob, head_cases, inputs, trl_log_prob
+from benchmarks._head import by_blocks, eager_kl, eager_log_prob, head_cases, inputs, trl_log_prob
 from benchmarks._measure import (
     Case,
     Compared,
@@ -62,6 +63,7 @@ def contest(case: Case) -> Contest:
         "eager": call(eager),
     }
     if not exact_kl:
+        run |= by_blocks(case, run["ours"])
         trl, missing = trl_log_prob()
         if trl:
             run["trl"] = call(lambda: (-advantage * trl(hidden, weight, target)[0]).mean())

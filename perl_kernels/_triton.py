@@ -67,6 +67,10 @@ PINNED: dict[tuple[str, int], dict[str, Tile]] = {
     ("head_dz", 4): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_V=64, BLOCK_H=16, GROUP=16)},
     ("head_dz_ref", 2): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_V=128, BLOCK_H=64, GROUP=16)},
     ("head_dz_ref", 4): {"any": _tile(4, 3, BLOCK_N=32, BLOCK_V=64, BLOCK_H=16, GROUP=16)},
+    ("head_block", 2): {"any": _tile(8, 1, BLOCK_V=8192)},
+    ("head_block", 4): {"any": _tile(8, 1, BLOCK_V=8192)},
+    ("head_units", 2): {"any": _tile(4, 1, BLOCK_H=1024)},
+    ("head_units", 4): {"any": _tile(4, 1, BLOCK_H=1024)},
     ("logits_stats", 2): {"any": _tile(8, 2, BLOCK_V=4096)},
     ("logits_stats", 4): {"any": _tile(8, 2, BLOCK_V=2048)},
     ("logits_grad", 2): {"any": _tile(4, 2, BLOCK_V=2048)},
@@ -111,6 +115,16 @@ def precision(like: Tensor) -> str:
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right by the vendor's library. out: float32; products are summed in float32."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda and not torch.version.hip:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(left.float(), right.float(), out=out)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

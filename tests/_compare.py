@@ -79,3 +79,14 @@ def gathered(sample: Callable[[], tuple[dict[str, Tensor], ...]], n: int) -> tup
         {name: torch.cat([d[name] for d in of]) for name in of[0]}
         for of in zip(*draws, strict=True)
     )
+
+
+def check_bound(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], size: Tensor, t: float):
+    """The error that the docstrings of linear_log_prob and log_prob give, in nats.
+
+    size (N,): the largest logit a row could have. t: the temperature.
+    """
+    bound = 2.0**-20 * size.double().clamp(min=1) / min(1.0, t)
+    for one, other in zip(found, exact, strict=True):
+        worst = ((one.double() - other).abs() / bound).max().item()
+        assert worst <= 1, f"{worst:.3g} of the published error"

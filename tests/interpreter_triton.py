@@ -9,10 +9,10 @@ import test_lora_mlp as mlp
 import test_multi_lora_linear as multi
 import test_rms_norm as norm
 import torch
-from _compare import check_law, doubled
+from _compare import check_bound, check_law, doubled
 
 import perl_kernels as pk
-from perl_kernels import _dropout
+from perl_kernels import _dropout, _triton
 from perl_kernels._library import triton_interpreted
 from perl_kernels.head import reference as head
 from perl_kernels.head import triton as head_kernels
@@ -501,6 +501,61 @@ def test_policy_loss_in_blocks(monkeypatch, dtype, kl_coef):
     )
 
 
+# Rows in blocks of 16 and columns in blocks of 256: partial ones of both, one block, V = 2. With
+# logits of a wide spread the target is certain, or far from it.
+@pytest.mark.parametrize("spread", [1.0, 15.0])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((18, 40, 300), DTYPES[0]), ((18, 40, 300), DTYPES[1]), ((3, 8, 2), DTYPES[0])],
+    ids=str,
+)
+def test_log_prob_by_blocks(monkeypatch, dtype, spread, sizes):
+    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
+    monkeypatch.setattr(head_kernels, "BLOCK_BYTES", 16 * 256 * 4)
+    n, _, v = sizes
+    tensors = make_head(*sizes, dtype)
+    tensors["hidden"] = (spread * tensors["hidden"].detach()).requires_grad_()
+    logits = tensors["hidden"].detach().double() @ tensors["weight"].double().T
+    target = logits.argmax(1).where(torch.arange(n) % 2 == 0, make_target(n, v))
+    target[-1] = -100 if n > 3 else target[-1]
+    options = {"temperature": 1.3, "softcap": 2.0} if spread == 1.0 else {"temperature": 0.7}
+    incoming, advantage = torch.randn(1, n), torch.randn(n)
+
+    def run(log_prob, policy_loss, tensors):
+        found = log_prob(**tensors, target=target, **options)
+        loss = policy_loss(**tensors, target=target, advantage=advantage, **options)
+        loss = loss.loss if isinstance(loss, tuple) else loss
+        leaves = {"hidden": tensors["hidden"], "weight": None}
+        return {
+            "log_prob": found[0].detach(),
+            "entropy": found[1].detach(),
+            **gradients((found[0],), incoming, leaves),
+            "dhidden of the loss": torch.autograd.grad(loss, tensors["hidden"])[0],
+        }
+
+    def ours(**given):
+        return pk.linear_log_prob(**given, return_entropy=True)
+
+    compare(
+        run(ours, pk.policy_loss, tensors),
+        run(head.linear_log_prob, head.policy_loss, tensors),
+        run(head.linear_log_prob, head.policy_loss, doubled(tensors)),
+        dtype,
+        entropy=1.0,  # next to nothing where one class is certain
+    )
+
+
+def test_by_blocks_without_rows_or_gradient(monkeypatch):
+    tensors, target = make_head(9, 24, 290, torch.float32), make_target(9, 290)
+    expected, _ = head.linear_log_prob(**tensors, target=target)
+    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
+    with torch.no_grad():
+        torch.testing.assert_close(pk.linear_log_prob(**tensors, target=target), expected.detach())
+    tensors["hidden"] = torch.randn(0, 24, requires_grad=True)
+    pk.linear_log_prob(**tensors, target=target[:0]).sum().backward()
+    assert tensors["hidden"].grad.shape == (0, 24)
+
+
 def test_a_row_does_not_depend_on_its_batch():
     """The vocabulary's splits, and the order of their sum, are the same for any N. Row 32 leads
     its tile, as it does alone: numpy's product, unlike a GPU's, depends on the place in a tile."""
@@ -510,6 +565,46 @@ def test_a_row_does_not_depend_on_its_batch():
     tensors["hidden"] = tensors["hidden"][32:33]
     alone = pk.linear_log_prob(**tensors, target=target[32:33], return_entropy=True)
     assert torch.equal(batch[0][32:33], alone[0]) and torch.equal(batch[1][32:33], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("offset", "dtype"), [(0.0, DTYPES[1]), (1e4, DTYPES[1]), (-1e4, DTYPES[0])], ids=str
+)
+def test_the_published_error(offset, dtype):
+    """Of both routes, and of log_prob; a bias of -inf masks a class, and all of the last tile."""
+    t = {k: x.detach() for k, x in make_head(16, 40, 300, dtype).items()}
+    t["bias"] = (offset + torch.randn(300)).to(dtype)
+    t["bias"][10:20], t["bias"][256:] = -torch.inf, -torch.inf
+    target = torch.arange(16) * 13 % 9
+    exact_t = {k: x.double() for k, x in t.items()}
+    kept = t["bias"].isfinite()
+    exact_t["weight"], exact_t["bias"] = exact_t["weight"][kept], exact_t["bias"][kept]
+    exact = head.linear_log_prob(**exact_t, target=target)
+    largest = exact_t["weight"].norm(dim=1).max()
+    size = exact_t["hidden"].norm(dim=1) * largest + exact_t["bias"].abs().max()
+    for route in ("tiles", "blocks"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_kernels, "ROUTE", route)
+            found = pk.linear_log_prob(**t, target=target, return_entropy=True)
+        check_bound(found, exact, size, 1.0)
+    logits = (t["hidden"].float() @ t["weight"].float().T + t["bias"].float()).to(dtype)
+    found = pk.log_prob(logits, target, return_entropy=True)
+    logits = logits[:, kept].double()
+    check_bound(found, logits_room.log_prob(logits, target), logits.abs().amax(1), 1.0)
+
+
+def test_the_largest_vocabulary(monkeypatch):
+    monkeypatch.setitem(_triton._INTERPRETER, "BLOCK_V", 16384)  # in fewer tiles
+    tensors, target = make_head(2, 4, 262144, torch.float32, bias=False), make_target(2, 262144)
+
+    def run(function, tensors):
+        found = function(**tensors, target=target)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        return {"log_prob": found.detach(), **gradients((found,), (torch.ones(2),), tensors)}
+
+    exact = run(head.linear_log_prob, doubled(tensors))
+    theirs = run(head.linear_log_prob, tensors)
+    compare(run(pk.linear_log_prob, tensors), theirs, exact, torch.float32)
 
 
 @pytest.mark.parametrize("case", ["transposed weight", "strided hidden", "N = 0", "all ignored"])

@@ -4,7 +4,7 @@ import pytest
 import test_lora_mlp as mlp
 import test_multi_lora_linear as multi
 import torch
-from _compare import check_law, doubled
+from _compare import check_bound, check_law, doubled
 
 import perl_kernels as pk
 from perl_kernels import _dropout, _library
@@ -17,6 +17,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
 ]
+
+if torch.cuda.is_available():
+    from perl_kernels.head import triton as head_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [{}, {"temperature": 0.7, "softcap": 5.0}]
@@ -411,6 +414,86 @@ def test_linear_kl(sizes, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", [*HEAD_SIZES, (70, 64, 20000)], ids=str)
+def test_linear_log_prob_by_blocks(monkeypatch, sizes, options, dtype):
+    """The other route, of two blocks of columns and a part at the largest; over a frozen head."""
+    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
+    tensors, target = make_head(*sizes, dtype, bias=bool(options)), make_target(sizes[0], sizes[2])
+    incoming = torch.randn(sizes[0])
+
+    def run(function, tensors, **more):
+        found = function(**tensors, target=target, **options, **more)
+        named = dict(zip(("log_prob", "entropy"), (t.detach() for t in found), strict=True))
+        return {**named, **gradients(found[0], leaves_of(tensors), [incoming.to(found[0].dtype)])}
+
+    ours = run(pk.linear_log_prob, tensors, return_entropy=True)
+    theirs = run(head.linear_log_prob, tensors)
+    exact = run(head.linear_log_prob, doubled(tensors))
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rank", [0, 5, 64])
+def test_policy_loss_of_ratios(rank, level, dtype):
+    """With an adapter on the head, kept in float32 where its rank is odd, and without."""
+    tensors = make_head(300, 64, 1003, dtype)
+    if rank:
+        adapter_dtype = torch.float32 if rank % 2 else dtype
+        tensors["a"] = (torch.randn(rank, 64) / 8).to(adapter_dtype).requires_grad_()
+        tensors["b"] = (torch.randn(1003, rank) / rank**0.5).to(adapter_dtype).requires_grad_()
+    tensors = {k: t.view(60, 5, 64) if k == "hidden" else t for k, t in tensors.items()}
+    tensors["hidden"] = tensors["hidden"].detach().requires_grad_()
+    shift = 0.3 * torch.randn(60, 5, 64)
+    tensors["ref_hidden"] = (tensors["hidden"].detach().float() + shift).to(dtype)
+    target, advantage = make_target(300, 1003).view(60, 5), torch.randn(60, 5)
+    options = {"kl_coef": 0.3, "epsilon": 0.2, "importance_sampling_level": level}
+    with torch.no_grad():
+        log_prob = pk.policy_loss(**tensors, target=target, advantage=advantage).log_prob
+    old = log_prob + 0.3 * torch.randn(60, 5)
+
+    def run(function, tensors, advantage, old):
+        given = {"advantage": advantage, "old_log_prob": old}
+        found = function(**tensors, target=target, **given, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return {"loss": loss.detach(), **gradients(loss, leaves_of(tensors), None)}
+
+    ours = run(pk.policy_loss, tensors, advantage, old)
+    theirs = run(head.policy_loss, tensors, advantage, old)
+    exact = run(head.policy_loss, doubled(tensors), advantage.double(), old.double())
+    scale = {"loss": advantage.abs().mean().item()}
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype, scale.get(name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_batch(dtype):
+    """Bit for bit: alone, among a few, among many."""
+    tensors, target = make_head(300, 256, 4099, dtype), make_target(300, 4099)
+    whole = pk.linear_log_prob(**tensors, target=target)
+    for rows in (slice(299, 300), slice(5, 9), slice(40, 171)):
+        part = {**tensors, "hidden": tensors["hidden"][rows]}
+        assert torch.equal(pk.linear_log_prob(**part, target=target[rows]), whole[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("sizes", [(33, 1024, 300), (3, 8, 262144), (65541, 8, 17)], ids=str)
+@pytest.mark.parametrize("route", ["tiles", "blocks"])
+def test_the_published_error(monkeypatch, route, sizes, offset, dtype):
+    monkeypatch.setattr(head_kernels, "ROUTE", route)
+    t = {k: x.detach() for k, x in make_head(*sizes, dtype, bias=True).items()}
+    t["bias"] = (offset + t["bias"].float()).to(dtype)
+    target = make_target(sizes[0], sizes[2]).clamp(min=0)
+    found = pk.linear_log_prob(**t, target=target, return_entropy=True)
+    t = {k: x.double() for k, x in t.items()}
+    size = t["hidden"].norm(dim=1) * t["weight"].norm(dim=1).max() + t["bias"].abs().max()
+    check_bound(found, head.linear_log_prob(**t, target=target), size, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kl_coef", [None, 0.4])
 def test_policy_loss(kl_coef, dtype):
     n, h, v = 300, 64, 1003
@@ -473,6 +556,21 @@ def test_logits(backend, sizes, options, dtype):
         found_dtype = dtype if name.startswith("d") else torch.float32
         scale = log_ratio if name == "kl" else None
         check_law(name, ours[name], theirs[name], exact[name], found_dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_inplace_backward(backend, dtype):
+    leaf = torch.randn(70000, 33).to(dtype).requires_grad_()
+    target, incoming = torch.randint(0, 33, (70000,)), torch.randn(70000)
+
+    def run(inplace):
+        logits = 2 * leaf
+        found = pk.log_prob(logits, target, inplace_backward=inplace)
+        return logits.detach(), torch.autograd.grad(found, leaf, incoming)[0]
+
+    (_, expected), (written, gradient) = run(False), run(True)
+    assert torch.equal(gradient, expected) and torch.equal(written, expected / 2)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _compare import check_law, doubled, gathered
+from _compare import check_bound, check_law, doubled, gathered
 
 import perl_kernels as pk
 from perl_kernels.head import reference
@@ -491,6 +491,46 @@ def test_leading_dimensions_and_strides(backend):
     expected, _ = reference.linear_log_prob(hidden.reshape(12, 8), weight, target.reshape(12))
     assert log_prob.shape == entropy.shape == (3, 4)
     torch.testing.assert_close(log_prob.reshape(12), expected)
+
+
+# (N, H, V): few and many features; 262144: the largest vocabulary; 65541 rows: past 16 bits.
+EXTREMES = [(33, 64, 1003), (33, 1024, 300), (3, 4, 262144), (65541, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, -1e4])
+@pytest.mark.parametrize("sizes", EXTREMES, ids=str)
+def test_the_published_error(backend, sizes, offset, dtype):
+    n, _, v = sizes
+    for spread, temperature in ((0.1, 1.0), (2.0, 0.5), (10.0, 2.0)):
+        t = make(*sizes, dtype, spread=spread)
+        t["bias"] = (offset + torch.randn(v)).to(dtype)
+        target = make_target(n, v, ignored=False)
+        given = {"target": target, "temperature": temperature}
+        found = pk.linear_log_prob(**t, **given, return_entropy=True)
+        t = {name: tensor.detach().double() for name, tensor in t.items()}
+        size = t["hidden"].norm(dim=1) * t["weight"].norm(dim=1).max() + t["bias"].abs().max()
+        check_bound(found, reference.linear_log_prob(**t, **given), size, temperature)
+
+
+@pytest.mark.parametrize("sizes", EXTREMES[2:], ids=str)
+def test_gradients_at_extreme_sizes(backend, sizes):
+    n, h, v = sizes
+    tensors, target, advantage = make(*sizes, torch.float32), make_target(n, v), torch.randn(n)
+    tensors["ref_hidden"] = tensors["hidden"].detach() + 0.3 * torch.randn(n, h)
+    options = {"target": target, "kl_coef": 0.3, "reduction": "sum"}
+
+    def run(function, tensors, advantage):
+        found = function(**tensors, advantage=advantage, **options)
+        loss = found.loss if isinstance(found, tuple) else found
+        return gradients((loss,), (torch.ones(()),), tensors)
+
+    compare(
+        run(pk.policy_loss, tensors, advantage),
+        run(reference.policy_loss, tensors, advantage),
+        run(reference.policy_loss, doubled(tensors), advantage.double()),
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

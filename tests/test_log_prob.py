@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _compare import check_law, doubled, gathered
+from _compare import check_bound, check_law, doubled, gathered
 
 import perl_kernels as pk
 from perl_kernels.log_prob import op, reference
@@ -81,6 +81,20 @@ def test_leading_dimensions_strides_and_an_empty_batch(backend):
     empty = pk.log_prob(logits[:0], target[:0])
     assert empty.shape == (0, 4)
     assert torch.autograd.grad(empty.sum(), logits)[0].abs().sum() == 0
+
+
+# 262144: the largest vocabulary; 65541 rows: past 16 bits.
+@pytest.mark.parametrize("sizes", [(33, 1003), (2, 262144), (65541, 3)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, -1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_published_error(backend, dtype, offset, sizes):
+    for spread, temperature in ((0.1, 1.0), (3.0, 0.5), (10.0, 2.0)):
+        logits = (offset + spread * torch.randn(sizes)).to(dtype)
+        target = torch.randint(0, sizes[1], sizes[:1])
+        given = {"target": target, "temperature": temperature}
+        found = pk.log_prob(logits, **given, return_entropy=True)
+        exact = reference.log_prob(logits.double(), **given)
+        check_bound(found, exact, logits.abs().amax(1), temperature)
 
 
 def test_masked_logits_of_minus_infinity(backend):

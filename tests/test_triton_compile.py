@@ -43,6 +43,8 @@ NO_PRODUCT = {
     "_rms_norm_fwd_kernel",
     "_rms_norm_bwd_kernel",
     "_head_combine_kernel",
+    "_head_block_kernel",
+    "_head_units_kernel",
     "_logits_stats_kernel",
     "_logits_grad_kernel",
 }
@@ -198,6 +200,8 @@ def _call_head(
     incoming = (row, row, row if with_ref else None)
     need = (True, False, False, rank > 0)
     module.grad(*inputs, row, row, row, row, *incoming, *options, *need)
+    if not rank and not with_ref:
+        module.units(hidden, weight, bias, target, None, *options[1:])
 
 
 def _call_rms_norm(module, dtype, features: int) -> None:
@@ -206,10 +210,10 @@ def _call_rms_norm(module, dtype, features: int) -> None:
     module.backward(x, x, weight, 1e-6, 0.0)
 
 
-def _call_log_prob(module, dtype, with_ref: bool) -> None:
-    logits, target = torch.zeros(16, 512, dtype=dtype), torch.zeros(16, dtype=torch.int64)
+def _call_log_prob(module, dtype, with_ref: bool, rows: int = 16, columns: int = 512) -> None:
+    logits, target = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     ref = logits if with_ref else None
-    row = torch.zeros(16)
+    row = torch.zeros(rows)
     module.stats(logits, target, ref, 0.7, 0.0, -100)
     d_kl = row if with_ref else None
     module.grad(logits, target, ref, row, row, row, row, row, row, d_kl, 0.7, 0.0, -100)
@@ -304,6 +308,26 @@ def test_every_kernel_is_recorded():
     launched = {launch.kernel for launch in record("sm_90", torch.bfloat16)}
     modules = [importlib.import_module(f"perl_kernels.{room}.triton") for room in ROOMS]
     assert launched == {name for m in modules for name in vars(m) if name.endswith("_kernel")}
+
+
+def test_grids_and_launches_at_extreme_sizes(monkeypatch):
+    """Rows past 16 bits and the largest vocabulary, at the tiles of a GPU: no grid is too large."""
+    shared = importlib.import_module("perl_kernels._triton")
+    monkeypatch.setattr(shared, "architecture", lambda tensor: "sm_90")
+    launched = set()
+    for room in ("head", "log_prob"):
+        module = importlib.import_module(f"perl_kernels.{room}.triton")
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                recorder = _Recorder(lambda kernel, *_: launched.add(kernel.__name__), kernel)
+                monkeypatch.setattr(module, name, recorder)
+        for rows, vocabulary in ((65537, 17), (3, 262144)):
+            if room == "head":
+                _call_head(module, torch.float32, rows, vocabulary, with_ref=False, softcap=0.0)
+                _call_head(module, torch.float32, rows, vocabulary, with_ref=True, softcap=0.0)
+            else:
+                _call_log_prob(module, torch.float32, True, rows, vocabulary)
+    assert {name.split("_")[1] for name in launched} == {"head", "logits"}
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

@@ -111,7 +111,12 @@ def linear_log_prob(
         return_entropy: also return the entropy of softmax(z), in nats.
 
     Returns:
-        (...,) float32 (float64 for float64), or the pair (log_prob, entropy).
+        (...,) float32 (float64 for float64), or the pair (log_prob, entropy). Against float64 on
+        the same inputs, float32, bfloat16 or float16, each is within
+
+            2^-20 max(1, |hidden| max_j |weight_j| + max_j |bias_j|) / min(1, temperature)
+
+        nats, with the 2-norms of rows; not where torch multiplies float32 as TF32.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or range is wrong; weight requires grad beside

@@ -150,6 +150,11 @@ def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *op
     check_targets(target, weight.shape[0], options[-1])
     if backend_of(hidden) == "cpu":
         return torch.ops.perl_kernels.head_units_cpu(*inputs, d_log_prob, d_kl, *options)
+    if _one_sweep(hidden, a, target, ref_hidden):
+        from . import triton as kernels
+
+        stats, dlog_prob = kernels.units(hidden, weight, bias, target, d_log_prob, *options[1:])
+        return (*stats, dlog_prob, hidden.new_empty(0))
     stats = Stats(*_stats(*inputs, *options))
 
     def gradient(d_log_prob, d_kl):
@@ -165,6 +170,16 @@ def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *op
     one = torch.ones_like(stats.peak)
     dlog_prob = gradient(None if target is None else one, None)
     return (*stats, dlog_prob, gradient(None, None if ref_hidden is None else one))
+
+
+def _one_sweep(hidden, a, target, ref_hidden):
+    """Whether a backend makes log p and d log p / d hidden together."""
+    backend = backend_of(hidden)
+    if backend not in ("triton", "cuda"):
+        return backend == "cpu"
+    from . import triton as kernels
+
+    return kernels.one_sweep(a, target, ref_hidden)
 
 
 def _weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
@@ -274,7 +289,9 @@ def _policy_loss(
     gain = (share * advantage.view_as(share)).where(counted, 0.0)  # of a log-probability or ratio
     d_kl = None if ref_hidden is None else (kl_coef * share).view(-1)
     known = old_log_prob is None
-    one_sweep = need == (True, False, False, False) and (known or backend_of(hidden) == "cpu")
+    one_sweep = need == (True, False, False, False) and (
+        known or _one_sweep(hidden, a, target, ref_hidden)
+    )
     if one_sweep:
         weights = (-gain.view(-1), d_kl) if known else (None, None)
         *stats, dlog_prob, dkl = ops.head_units(*inputs, *weights, *options)

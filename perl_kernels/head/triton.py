@@ -8,10 +8,17 @@
 An adapter adds K more features to each tile's product: s b^T with s = scale * hidden a^T, both in
 hidden's type and in 16 bits as sums of two terms, K = 2 R or 3 R.
 
-The vocabulary is cut into splits that depend on its size alone, and a second kernel combines their
-states in order: a row's bits do not depend on the other rows of its batch. The largest temporaries
-are one block of dz and one float32 block of dhidden, whatever N and V are; a trained head adds its
-own gradient in float32.
+By ROUTE "blocks" the first two for log p alone, in one sweep: logits of a bounded block by the
+library, in float32, then a kernel that folds a row of them into its state and writes e^(z - m) over
+them, which the library multiplies by the weight: two products for log p and its gradient, not three
+(N H V multiply-adds each), and 12 bytes of traffic a logit. "tiles" is the route until a GPU has
+measured both; it also has every case with a reference or an adapter.
+
+By tiles the vocabulary is cut into splits that depend on its size alone, and a second kernel
+combines their states in order: a row's bits do not depend on the other rows of its batch. By blocks
+they may: the library chooses its kernel by N. The largest temporaries are one block of dz or logits
+and one float32 block of dhidden, whatever N and V are; a trained head adds its own gradient in
+float32.
 """
 
 from __future__ import annotations
@@ -21,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._softmax import empty_stats
+from .._softmax import Stats, empty_stats
 from .._triton import (
     LOWEST,
     add_product,
@@ -33,12 +40,16 @@ from .._triton import (
     pick,
     pinned,
     precision,
+    product,
     transform,
     transform_slope,
     write_stats,
 )
 
-# grad works on blocks of this many rows, and of as many columns as keep dz within these bytes.
+ROUTE = "tiles"  # or "blocks"
+
+# grad works on blocks of this many rows, and of as many columns as keep dz within these bytes; the
+# route "blocks" on as many rows as keep the logits within them.
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 128 * 2**20
 
@@ -255,6 +266,92 @@ def _head_dz_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
+# The route "blocks": kernels over rows of logits that the library made
+# ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _head_block_kernel(
+    raw_ptr,  # (N, V) float32, rows stride_raw apart: a block of logits from first_column on
+    bias_ptr,  # (V,) or None
+    target_ptr,  # (N,)
+    state_ptr,  # (4, 2, N) float32: m, l, u, t of all classes but the target, and of the target
+    slope_ptr,  # (N,) float32: dz / draw of the target
+    e_ptr,  # (N, V), rows stride_e apart, over the logits: e^(z - m) dz / draw; or None
+    sums_ptr,  # (N, H) float32, of e weight so far; or None
+    N, V, H, first_column, stride_raw, stride_e,
+    inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Fold one row, whole, and make what its gradient sums. The target is kept apart: where p is
+    near 1 its part would cancel most of that sum."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.arange(0, BLOCK_V)
+    inside = columns[None, :] < V
+    raw = tl.load(at(raw_ptr, row, columns, stride_raw, 1), mask=inside, other=0.0)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    z = _logits(raw, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
+    slope = transform_slope(raw, inverse_temperature, softcap, HAS_SOFTCAP)
+    field = tl.cast(N, tl.int64) * 2
+
+    target = tl.load(target_ptr + row) - first_column
+    here = (target >= 0) & (target < V)
+    hit = columns[None, :] == target[:, None]
+    t = tl.sum(tl.where(hit, z, 0.0), 1)
+    apart_ptrs = state_ptr + N + row
+    tl.store(apart_ptrs, t, mask=here)
+    tl.store(apart_ptrs + field, 1.0, mask=here)
+    tl.store(apart_ptrs + 3 * field, t, mask=here)
+    tl.store(slope_ptr + row, tl.sum(tl.where(hit, slope, 0.0), 1), mask=here)
+    z = tl.where(hit, float("-inf"), z)
+
+    rest_ptrs = state_ptr + row
+    m = tl.load(rest_ptrs)
+    ell, u = tl.load(rest_ptrs + field), tl.load(rest_ptrs + 2 * field)
+    m_new, ell, u, _, _, _ = fold(z, z, m, ell, u, m, ell, u, False)
+    tl.store(rest_ptrs, m_new)
+    tl.store(rest_ptrs + field, ell)
+    tl.store(rest_ptrs + 2 * field, u)
+    if e_ptr is not None:
+        e = tl.exp(z - m_new[:, None]) * slope
+        tl.debug_barrier()  # every logit of the row is read before the first is written over
+        tl.store(at(e_ptr, row, columns, stride_e, 1), e, mask=inside)
+        shrink = tl.exp(m - m_new)
+        if tl.min(shrink, 0) < 1.0:
+            for first in range(0, H, BLOCK_H):
+                features = first + tl.arange(0, BLOCK_H)
+                sums_ptrs = at(sums_ptr, row, features, H, 1)
+                sums = tl.load(sums_ptrs, mask=features[None, :] < H, other=0.0)
+                tl.store(sums_ptrs, sums * shrink[:, None], mask=features[None, :] < H)
+
+
+@triton.jit
+def _head_units_kernel(
+    sums_ptr,  # (N, H) float32
+    weight_ptr,  # (V, H)
+    target_ptr,  # (N,)
+    of_sums_ptr, of_target_ptr,  # (N,) float32
+    out_ptr,  # (N, H)
+    H, V, stride_wv, stride_wh,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out = of_sums sums + of_target weight[target], of one row"""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    target = tl.load(target_ptr + row)
+    counted = (target >= 0) & (target < V)
+    of_sums, of_target = tl.load(of_sums_ptr + row), tl.load(of_target_ptr + row)
+    for first in range(0, H, BLOCK_H):
+        features = first + tl.arange(0, BLOCK_H)
+        inside = features[None, :] < H
+        sums = tl.load(at(sums_ptr, row, features, H, 1), mask=inside, other=0.0)
+        weight_ptrs = at(weight_ptr, target, features, stride_wv, stride_wh)
+        weight = tl.load(weight_ptrs, mask=inside & counted[:, None], other=0.0).to(tl.float32)
+        out = of_sums[:, None] * sums + of_target[:, None] * weight
+        tl.store(at(out_ptr, row, features, H, 1), out, mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------
 # An adapter on the head: s b^T beside hidden weight^T
 # ------------------------------------------------------------------------------------------------
 
@@ -288,7 +385,7 @@ def _terms(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
-# The two entry points: arguments and results as in op.py
+# The entry points: arguments and results as in op.py
 # ------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +404,8 @@ def stats(
 ) -> tuple[Tensor, ...]:  # the fields of Stats
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     has_ref = ref_hidden is not None
+    if one_sweep(a, target, ref_hidden):
+        return _by_blocks(hidden, weight, bias, target, temperature, softcap, ignore_index)[0]
     out = empty_stats(hidden, rows, target is not None, has_ref)
     if rows == 0:
         return tuple(out)
@@ -329,6 +428,80 @@ def stats(
             HAS_REF=has_ref, BLOCK_N=128, num_warps=4,
         )  # fmt: skip
     return tuple(out)
+
+
+def one_sweep(a: Tensor | None, target: Tensor | None, ref_hidden: Tensor | None) -> bool:
+    """Whether `units` can make these statistics and their gradient together."""
+    return ROUTE == "blocks" and a is None and target is not None and ref_hidden is None
+
+
+def units(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    d_log_prob: Tensor | None,  # (N,) float32, ones unless given
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[tuple[Tensor, ...], Tensor]:  # the fields of Stats; d_log_prob d log p / d hidden (N, H)
+    dhidden = hidden.new_empty(hidden.shape)
+    options = (temperature, softcap, ignore_index)
+    return _by_blocks(hidden, weight, bias, target, *options, d_log_prob, dhidden)
+
+
+def _by_blocks(
+    hidden, weight, bias, target, temperature, softcap, ignore_index, d_log_prob=None, dhidden=None
+):
+    """With e = e^(z - m) over all classes but the target, l their sum and p_t that of the target,
+    d log p / d hidden = (1 - p_t) dz/draw weight[target] - (sum e dz/draw weight) / (l + e^(t - m))
+    """
+    total, (vocabulary, features) = hidden.shape[0], weight.shape
+    out = empty_stats(hidden, total, True, False)
+    tile, units_tile = pinned("head_block", hidden), pinned("head_units", hidden)
+    width = tile["BLOCK_V"]
+    height = max(1, min(total, BLOCK_BYTES // (4 * width)))
+    logits = out.peak.new_empty(height, width)
+    over = logits.view(hidden.dtype)  # a row of the gradient begins where its logits did
+    for i in range(0, total, height):
+        rows = slice(i, min(i + height, total))
+        h, of_rows, count = hidden[rows], target[rows], rows.stop - i
+        state = logits.new_zeros(4, 2, count)
+        state[0] = LOWEST.value
+        slope = logits.new_zeros(count)
+        sums = None if dhidden is None else logits.new_zeros(count, features)
+        for first in range(0, vocabulary, width):
+            columns = slice(first, min(first + width, vocabulary))
+            wide = columns.stop - first
+            raw, e = logits[:count, :wide], None if sums is None else over[:count, :wide]
+            product(raw, h, weight[columns].T)
+            with on_device_of(hidden):
+                _head_block_kernel[(count,)](
+                    raw, None if bias is None else bias[columns], of_rows, state, slope, e, sums,
+                    count, wide, features, first, width, over.stride(0),
+                    1.0 / temperature, softcap, HAS_SOFTCAP=softcap > 0.0,
+                    BLOCK_H=units_tile["BLOCK_H"], **tile,
+                )  # fmt: skip
+            if sums is not None:
+                add_product(sums, e, weight[columns])
+        stats = Stats(*(column[rows] for column in out))
+        with on_device_of(hidden):
+            _head_combine_kernel[(triton.cdiv(count, 128),)](
+                state, of_rows, *stats, count, 2, ignore_index,
+                HAS_REF=False, BLOCK_N=128, num_warps=4,
+            )  # fmt: skip
+        if sums is not None:
+            one = torch.exp(state[0, 0] - stats.peak - stats.log_sum)  # of l, the rest's share
+            coefficient = 1.0 if d_log_prob is None else d_log_prob[rows]
+            counted = of_rows != ignore_index
+            of_sums = (-coefficient * one).where(counted, 0.0)
+            of_target = (coefficient * state[1, 0] * one * slope).where(counted, 0.0)
+            with on_device_of(hidden):
+                _head_units_kernel[(count,)](
+                    sums, weight, of_rows, of_sums, of_target, dhidden[rows],
+                    features, vocabulary, *weight.stride(), **units_tile,
+                )  # fmt: skip
+    return tuple(out), dhidden
 
 
 def grad(

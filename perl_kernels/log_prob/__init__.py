@@ -48,7 +48,9 @@ def log_prob(
             still needs them, or this one a second time.
 
     Returns:
-        (...,) float32 (float64 for float64), or the pair (log_prob, entropy).
+        (...,) float32 (float64 for float64), or the pair (log_prob, entropy). Against float64 on
+        the same logits, float32, bfloat16 or float16, each is within 2^-20 max(1, max_j |logit_j|)
+        / min(1, temperature) nats.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or range is wrong; inplace_backward over a
