@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "adapter_parameters",
     "apply_lora",
     "average_adapters",
+    "checkpoint_contexts",
     "disable_adapters",
     "merge_lora",
     "set_adapter",
@@ -470,7 +471,8 @@ def set_adapter(model: nn.Module, adapter_name: str, *, freeze_others: bool = Tr
     With freeze_others=False the others keep requires_grad as it is. Choose that to run several
     adapters forward before one backward: autograd drops the gradient of a parameter that no longer
     requires one when backward reaches it. Under activation checkpointing the forward pass is run
-    again with the adapter that is active then, so call backward before switching.
+    again with the adapter that is active then: call backward before switching, or give the
+    checkpoints `checkpoint_contexts(model)`.
 
     Raises:
         ValueError: no layer has this adapter, or an adapter is merged.
@@ -479,6 +481,47 @@ def set_adapter(model: nn.Module, adapter_name: str, *, freeze_others: bool = Tr
     _check_not_merged(model)
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name, freeze_others=freeze_others)
+
+
+def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager, ...]]:
+    """A `context_fn` for activation checkpointing that outlives a switch of adapters.
+
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": pk.checkpoint_contexts(model)}
+        )
+
+    A checkpoint runs its part of the model again in backward. With these contexts it does so with
+    the adapters that acted in its forward pass, whatever was switched or disabled since; several
+    adapters can go forward before one backward (with `set_adapter(..., freeze_others=False)`).
+    Make it after the last adapter was added. Checkpoints with use_reentrant=True take no context.
+
+    Raises:
+        ValueError: the model has no LoRA layers.
+    """
+    layers = list(lora_layers(model).values())
+    return lambda: (nullcontext(), _ActingAsNow(layers))
+
+
+class _ActingAsNow:
+    """A context, entered any number of times, in which layers act as when it was made."""
+
+    def __init__(self, layers: list[LoRALayer]) -> None:
+        self._layers = layers
+        self._inside = self._state()
+
+    def _state(self) -> list[tuple[str | None, bool]]:
+        return [(layer.active_adapter, layer.disabled) for layer in self._layers]
+
+    def _restore(self, state: list[tuple[str | None, bool]]) -> None:
+        for layer, (active, disabled) in zip(self._layers, state, strict=True):
+            layer.active_adapter, layer.disabled = active, disabled
+
+    def __enter__(self) -> None:
+        self._outside = self._state()
+        self._restore(self._inside)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._restore(self._outside)
 
 
 @contextmanager

@@ -258,6 +258,40 @@ def test_several_adapters_learn_from_one_backward():
         assert difference(gradient, wanted[key]) < 1e-5, key
 
 
+def test_checkpoints_run_again_with_the_adapter_of_their_forward_pass():
+    names = ("default", "value")
+
+    def gradients(**options) -> dict[str, torch.Tensor]:
+        model = two_adapters().train()
+        if options.get("context_fn"):
+            options["context_fn"] = pk.checkpoint_contexts(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+        loss = 0
+        for name in names:
+            pk.set_adapter(model, name, freeze_others=False)
+            loss = loss + model(input_ids=tokens(), labels=tokens()).loss
+        with pk.disable_adapters(model):
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert {m.active_adapter for m in model.modules() if isinstance(m, LoRALayer)} == {"value"}
+        return {f"{n} {k}": p.grad for n in names for k, p in parameters(model, n)}
+
+    def parameters(model: nn.Module, name: str):
+        return pk.adapter_parameters(model, name).items()
+
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # the base saves fewer tensors
+        gradients()
+    model, wanted = two_adapters(), {}
+    for name in names:
+        pk.set_adapter(model, name)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        wanted |= {f"{name} {key}": 2 * p.grad for key, p in parameters(model, name)}
+    got = gradients(context_fn=True)
+    assert got.keys() == wanted.keys()
+    for key, gradient in got.items():
+        assert difference(gradient, wanted[key]) < 1e-5, key
+
+
 def test_disable_nests_and_survives_an_exception():
     model, base = two_adapters(), logits_of(tiny_model("llama"))
     with_adapter = logits_of(model)

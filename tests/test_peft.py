@@ -266,7 +266,7 @@ def assert_refused(model: PreTrainedModel, folder, message: str, error=ValueErro
         ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"bias": "some"}, "bias is 'some'; wanted 'none', 'lora_only' or 'all'"),
         ({"lora_bias": True}, "lora_bias is True"),
-        ({"layers_to_transform": [7]}, "layers_to_transform and modules_to_save leave nothing"),
+        ({"layers_to_transform": [7]}, "layers_to_transform and modules_to_save leave noth"),
         ({"layers_pattern": "h"}, "layers_pattern is 'h' without layers_to_transform"),
         ({"target_parameters": ["experts.w"]}, "has 'experts.w', which matches no parameter"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\], which is not supp"),
