@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import test_trl
 import test_works_with
 from _architectures import ARCHITECTURES, build
 
@@ -42,12 +43,12 @@ What is no plain linear module (embeddings, expert weights, a forward of its own
 hooks) is computed unfused, with equal results.
 
 ## Works with
-`tests/test_works_with.py`: with `apply_lora`, with `accelerate_peft` and with unfused layers, equal
-to the same model without.
+`tests/test_works_with.py`, with `apply_lora`, with `accelerate_peft` and with unfused layers: equal
+to the same model without. `tests/test_trl.py`: equal to PEFT's own layers.
 
 | | test |
 |---|---|
-{_rows(_tests(test_works_with))}
+{_rows([*_tests(test_works_with), *_tests(test_trl)])}
 
 ## Refused by name
 `load_adapter`: DoRA and other variants, PiSSA, OLoRA, LoftQ and what else changes the base at the

@@ -472,6 +472,17 @@ def test_accelerated_variants_are_equal(config, fused, calls):
     assert_same_gradients(ours, peers)
 
 
+def test_accelerated_lora_fa(calls):
+    """LoRA-FA is an optimizer that freezes A (Zhang et al., arXiv 2308.03303)."""
+    peers = peft_model("llama", LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in peers.named_parameters():
+        parameter.requires_grad_(".lora_B." in name)
+    ours = pk.accelerate_peft(copy.deepcopy(peers))
+    assert_same_gradients(ours, peers)
+    assert len(calls) == 4
+    assert all(p.grad is None for n, p in ours.named_parameters() if ".lora_A." in n)
+
+
 def test_accelerated_layers_leave_trained_bases_and_hooks_to_peft(calls):
     peers = peft_model("llama", LoraConfig(r=3, target_modules=["q_proj"]))
     ours = pk.accelerate_peft(copy.deepcopy(peers))
