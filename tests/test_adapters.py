@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -140,6 +141,36 @@ def test_bad_configurations_are_refused(given, message):
 def test_model_without_linear_modules_is_refused():
     with pytest.raises(ValueError, match="'all-linear', which matches no module of Embedding"):
         pk.apply_lora(nn.Embedding(3, 4), pk.LoRAConfig())
+
+
+def test_parameters_of_one_module_are_wrapped_one_inside_the_other():
+    model = build("Mixtral")
+    names, before = list(model.state_dict()), logits_of(model)
+    both = pk.LoRAConfig(target_modules=None, target_parameters=["gate_up_proj", "down_proj"])
+    pk.apply_lora(model, both)
+    assert [row.module for row in pk.explain(model)[:2]] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.experts.base_layer",
+    ]
+    assert {row.route for row in pk.explain(model)} == {"plain LoRA"}
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert torch.equal(logits_of(model), before)
+    stir(model)
+    with_adapter = logits_of(model)
+    assert difference(with_adapter, before) > 0.01
+    pk.apply_lora(model, both, "second")
+    assert torch.equal(logits_of(model), with_adapter)
+    with pytest.raises(ValueError, match="dropout is 0.1; adapters on parameters have none"):
+        pk.apply_lora(build("Mixtral"), dataclasses.replace(both, dropout=0.1))
+    pk.merge_lora(model)
+    assert difference(logits_of(model), with_adapter) < 1e-5
+    pk.unload_lora(model)
+    assert list(model.state_dict()) == names
+    assert difference(logits_of(model), with_adapter) < 1e-5
+
+    pk.apply_lora(model, pk.LoRAConfig(target_modules=None, target_parameters=["down_proj"]))
+    with pytest.raises(ValueError, match="experts.gate_up_proj has no adapter and down_proj besi"):
+        pk.apply_lora(model, both, "second")
 
 
 @pytest.mark.parametrize("given", [{"modules_to_save": ["norm"]}, {"bias": "all"}])

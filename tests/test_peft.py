@@ -360,6 +360,38 @@ def test_loading_into_an_adapter_that_is_there(tmp_path):
     assert_refused(model, tmp_path, "adapter 'default' is merged; call unmerge_lora")
 
 
+class Experts(nn.Module):
+    """Three stacked weights, (E, D, O) where they are said to be transposed, else (E, O, D)."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.w = nn.Parameter(torch.randn(3, 4, 5) if is_transposed else torch.randn(3, 5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (E, N, 4) -> (E, N, 5)
+        return x @ (self.w if self.is_transposed else self.w.mT)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_stacked_parameters_either_way_round(is_transposed, tmp_path):
+    base = nn.ModuleDict({"experts": Experts(is_transposed)})
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.w"])
+    peers = get_peft_model(copy.deepcopy(base), config)
+    stir(peers)
+    peers.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    pk.load_adapter(ours, tmp_path)
+    x = torch.randn(3, 6, 4)
+    wanted = peers.base_model.model["experts"](x)
+    assert difference(wanted, base["experts"](x)) > 0.01
+    assert difference(ours["experts"](x), wanted) < 1e-6
+    pk.merge_lora(ours)
+    assert difference(ours["experts"](x), wanted) < 1e-6
+    pk.unload_lora(ours)
+    assert list(ours.state_dict()) == ["experts.w"]
+    assert difference(ours["experts"](x), wanted) < 1e-6
+
+
 def test_second_adapter_from_a_folder_waits(tmp_path):
     saved_folder(tmp_path)
     model = pk.apply_lora(tiny_model("llama"), pk.LoRAConfig(r=2))
