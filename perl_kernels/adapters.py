@@ -61,6 +61,10 @@ class LoRAConfig:
         target_modules: "all-linear", every linear module except the output embedding and a
             classification head; or a list of module names, full ones or their last parts
             ("q_proj", "lm_head", "embed_tokens"); or one regular expression over full names.
+        dropout: probability in [0, 1) of dropping an element of x on the adapter's way.
+        rank_pattern, alpha_pattern: another r or alpha for the modules whose name ends in a match
+            of the key, a regular expression; the first matching key counts.
+        dtype: of the adapter's weights. None: float32 over a 16-bit base, else the base's type.
         exclude_modules: names or one regular expression, of targets to leave alone.
         layers_to_transform: numbers of the layers to adapt, of a list of target_modules; None: all.
         layers_pattern: name or names of the lists that these numbers count in ("layers", "h");
@@ -72,10 +76,6 @@ class LoRAConfig:
 
     With bias or modules_to_save the model's own parameters change. Such an adapter is the only one
     of its model, and cannot be disabled.
-        dropout: probability in [0, 1) of dropping an element of x on the adapter's way.
-        rank_pattern, alpha_pattern: another r or alpha for the modules whose name ends in a match
-            of the key, a regular expression; the first matching key counts.
-        dtype: of the adapter's weights. None: float32 over a 16-bit base, else the base's type.
 
     Raises:
         ValueError: a value is out of range.
@@ -338,7 +338,7 @@ def trained_beside(
     """The model's own parameters that an adapter trains: biases, and those of whole modules.
 
     Raises:
-        ValueError: a module is not there, or shares a parameter with one that is not trained.
+        ValueError: a module is not there, or shares a parameter with another.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = {name for name in parameters if ".lora_A." not in name and ".lora_B." not in name}
@@ -352,10 +352,10 @@ def trained_beside(
             )
         found |= inside
     for name in found:
-        for other in own - found:
+        for other in own - {name}:
             if parameters[other] is parameters[name]:
                 raise ValueError(
-                    f"modules_to_save has {name}, which is tied to {other}; name both or untie them"
+                    f"modules_to_save has {name}, which is tied to {other}; untie them first"
                 )
     ending = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[bias]
     found |= {name for name in own if ending and name.endswith(ending)}
