@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ __all__ = [
     "adapters_per_row",
     "apply_lora",
     "average_adapters",
+    "checkpoint_contexts",
     "disable_adapters",
     "merge_lora",
     "set_adapter",
@@ -65,6 +66,10 @@ class LoRAConfig:
         target_modules: "all-linear", every linear module except the output embedding and a
             classification head; or a list of module names, full ones or their last parts
             ("q_proj", "lm_head", "embed_tokens"); or one regular expression over full names.
+        dropout: probability in [0, 1) of dropping an element of x on the adapter's way.
+        rank_pattern, alpha_pattern: another r or alpha for the modules whose name ends in a match
+            of the key, a regular expression; the first matching key counts.
+        dtype: of the adapter's weights. None: float32 over a 16-bit base, else the base's type.
         exclude_modules: names or one regular expression, of targets to leave alone.
         layers_to_transform: numbers of the layers to adapt, of a list of target_modules; None: all.
         layers_pattern: name or names of the lists that these numbers count in ("layers", "h");
@@ -76,10 +81,6 @@ class LoRAConfig:
 
     With bias or modules_to_save the model's own parameters change. Such an adapter is the only one
     of its model, and cannot be disabled.
-        dropout: probability in [0, 1) of dropping an element of x on the adapter's way.
-        rank_pattern, alpha_pattern: another r or alpha for the modules whose name ends in a match
-            of the key, a regular expression; the first matching key counts.
-        dtype: of the adapter's weights. None: float32 over a 16-bit base, else the base's type.
 
     Raises:
         ValueError: a value is out of range.
@@ -342,7 +343,7 @@ def trained_beside(
     """The model's own parameters that an adapter trains: biases, and those of whole modules.
 
     Raises:
-        ValueError: a module is not there, or shares a parameter with one that is not trained.
+        ValueError: a module is not there, or shares a parameter with another.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = {name for name in parameters if ".lora_A." not in name and ".lora_B." not in name}
@@ -356,10 +357,10 @@ def trained_beside(
             )
         found |= inside
     for name in found:
-        for other in own - found:
+        for other in own - {name}:
             if parameters[other] is parameters[name]:
                 raise ValueError(
-                    f"modules_to_save has {name}, which is tied to {other}; name both or untie them"
+                    f"modules_to_save has {name}, which is tied to {other}; untie them first"
                 )
     ending = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[bias]
     found |= {name for name in own if ending and name.endswith(ending)}
@@ -475,7 +476,8 @@ def set_adapter(model: nn.Module, adapter_name: str, *, freeze_others: bool = Tr
     With freeze_others=False the others keep requires_grad as it is. Choose that to run several
     adapters forward before one backward: autograd drops the gradient of a parameter that no longer
     requires one when backward reaches it. Under activation checkpointing the forward pass is run
-    again with the adapter that is active then, so call backward before switching.
+    again with the adapter that is active then: call backward before switching, or give the
+    checkpoints `checkpoint_contexts(model)`.
 
     Raises:
         ValueError: no layer has this adapter, or an adapter is merged.
@@ -484,6 +486,47 @@ def set_adapter(model: nn.Module, adapter_name: str, *, freeze_others: bool = Tr
     _check_not_merged(model)
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name, freeze_others=freeze_others)
+
+
+def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager, ...]]:
+    """A `context_fn` for activation checkpointing that outlives a switch of adapters.
+
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": pk.checkpoint_contexts(model)}
+        )
+
+    A checkpoint runs its part of the model again in backward. With these contexts it does so with
+    the adapters that acted in its forward pass, whatever was switched or disabled since; several
+    adapters can go forward before one backward (with `set_adapter(..., freeze_others=False)`).
+    Make it after the last adapter was added. Checkpoints with use_reentrant=True take no context.
+
+    Raises:
+        ValueError: the model has no LoRA layers.
+    """
+    layers = list(lora_layers(model).values())
+    return lambda: (nullcontext(), _ActingAsNow(layers))
+
+
+class _ActingAsNow:
+    """A context, entered any number of times, in which layers act as when it was made."""
+
+    def __init__(self, layers: list[LoRALayer]) -> None:
+        self._layers = layers
+        self._inside = self._state()
+
+    def _state(self) -> list[tuple[str | None, bool]]:
+        return [(layer.active_adapter, layer.disabled) for layer in self._layers]
+
+    def _restore(self, state: list[tuple[str | None, bool]]) -> None:
+        for layer, (active, disabled) in zip(self._layers, state, strict=True):
+            layer.active_adapter, layer.disabled = active, disabled
+
+    def __enter__(self) -> None:
+        self._outside = self._state()
+        self._restore(self._inside)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._restore(self._outside)
 
 
 @contextmanager

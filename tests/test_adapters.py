@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -142,6 +143,36 @@ def test_model_without_linear_modules_is_refused():
         pk.apply_lora(nn.Embedding(3, 4), pk.LoRAConfig())
 
 
+def test_parameters_of_one_module_are_wrapped_one_inside_the_other():
+    model = build("Mixtral")
+    names, before = list(model.state_dict()), logits_of(model)
+    both = pk.LoRAConfig(target_modules=None, target_parameters=["gate_up_proj", "down_proj"])
+    pk.apply_lora(model, both)
+    assert [row.module for row in pk.explain(model)[:2]] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.0.mlp.experts.base_layer",
+    ]
+    assert {row.route for row in pk.explain(model)} == {"plain LoRA"}
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert torch.equal(logits_of(model), before)
+    stir(model)
+    with_adapter = logits_of(model)
+    assert difference(with_adapter, before) > 0.01
+    pk.apply_lora(model, both, "second")
+    assert torch.equal(logits_of(model), with_adapter)
+    with pytest.raises(ValueError, match="dropout is 0.1; adapters on parameters have none"):
+        pk.apply_lora(build("Mixtral"), dataclasses.replace(both, dropout=0.1))
+    pk.merge_lora(model)
+    assert difference(logits_of(model), with_adapter) < 1e-5
+    pk.unload_lora(model)
+    assert list(model.state_dict()) == names
+    assert difference(logits_of(model), with_adapter) < 1e-5
+
+    pk.apply_lora(model, pk.LoRAConfig(target_modules=None, target_parameters=["down_proj"]))
+    with pytest.raises(ValueError, match="experts.gate_up_proj has no adapter and down_proj besi"):
+        pk.apply_lora(model, both, "second")
+
+
 @pytest.mark.parametrize("given", [{"modules_to_save": ["norm"]}, {"bias": "all"}])
 def test_adapter_that_trains_the_models_own_parameters_is_alone(given):
     model = pk.apply_lora(tiny_model("qwen2"), pk.LoRAConfig(r=3, **given))
@@ -158,8 +189,9 @@ def test_adapter_that_trains_the_models_own_parameters_is_alone(given):
 
 
 def test_tied_module_is_not_trained_in_full():
-    with pytest.raises(ValueError, match="lm_head.weight, which is tied to .*; name both or untie"):
-        pk.apply_lora(tiny_model("gpt2"), pk.LoRAConfig(modules_to_save=["lm_head"]))
+    for names in (["lm_head"], ["lm_head", "wte"]):  # PEFT would give each a copy of its own
+        with pytest.raises(ValueError, match="is tied to .*; untie them first"):
+            pk.apply_lora(tiny_model("gpt2"), pk.LoRAConfig(modules_to_save=names))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,6 +287,40 @@ def test_several_adapters_learn_from_one_backward():
     wanted = gradients(together=False)
     for key, gradient in gradients(together=True).items():
         assert gradient is not None, key
+        assert difference(gradient, wanted[key]) < 1e-5, key
+
+
+def test_checkpoints_run_again_with_the_adapter_of_their_forward_pass():
+    names = ("default", "value")
+
+    def gradients(**options) -> dict[str, torch.Tensor]:
+        model = two_adapters().train()
+        if options.get("context_fn"):
+            options["context_fn"] = pk.checkpoint_contexts(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+        loss = 0
+        for name in names:
+            pk.set_adapter(model, name, freeze_others=False)
+            loss = loss + model(input_ids=tokens(), labels=tokens()).loss
+        with pk.disable_adapters(model):
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert {m.active_adapter for m in model.modules() if isinstance(m, LoRALayer)} == {"value"}
+        return {f"{n} {k}": p.grad for n in names for k, p in parameters(model, n)}
+
+    def parameters(model: nn.Module, name: str):
+        return pk.adapter_parameters(model, name).items()
+
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):  # the base saves fewer tensors
+        gradients()
+    model, wanted = two_adapters(), {}
+    for name in names:
+        pk.set_adapter(model, name)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        wanted |= {f"{name} {key}": 2 * p.grad for key, p in parameters(model, name)}
+    got = gradients(context_fn=True)
+    assert got.keys() == wanted.keys()
+    for key, gradient in got.items():
         assert difference(gradient, wanted[key]) < 1e-5, key
 
 

@@ -266,7 +266,7 @@ def assert_refused(model: PreTrainedModel, folder, message: str, error=ValueErro
         ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"bias": "some"}, "bias is 'some'; wanted 'none', 'lora_only' or 'all'"),
         ({"lora_bias": True}, "lora_bias is True"),
-        ({"layers_to_transform": [7]}, "layers_to_transform and modules_to_save leave nothing"),
+        ({"layers_to_transform": [7]}, "layers_to_transform and modules_to_save leave noth"),
         ({"layers_pattern": "h"}, "layers_pattern is 'h' without layers_to_transform"),
         ({"target_parameters": ["experts.w"]}, "has 'experts.w', which matches no parameter"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\], which is not supp"),
@@ -358,6 +358,38 @@ def test_loading_into_an_adapter_that_is_there(tmp_path):
         assert_refused(pk.apply_lora(tiny_model("llama"), config), tmp_path, message)
     pk.merge_lora(model)
     assert_refused(model, tmp_path, "adapter 'default' is merged; call unmerge_lora")
+
+
+class Experts(nn.Module):
+    """Three stacked weights, (E, D, O) where they are said to be transposed, else (E, O, D)."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.w = nn.Parameter(torch.randn(3, 4, 5) if is_transposed else torch.randn(3, 5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (E, N, 4) -> (E, N, 5)
+        return x @ (self.w if self.is_transposed else self.w.mT)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_stacked_parameters_either_way_round(is_transposed, tmp_path):
+    base = nn.ModuleDict({"experts": Experts(is_transposed)})
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.w"])
+    peers = get_peft_model(copy.deepcopy(base), config)
+    stir(peers)
+    peers.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    pk.load_adapter(ours, tmp_path)
+    x = torch.randn(3, 6, 4)
+    wanted = peers.base_model.model["experts"](x)
+    assert difference(wanted, base["experts"](x)) > 0.01
+    assert difference(ours["experts"](x), wanted) < 1e-6
+    pk.merge_lora(ours)
+    assert difference(ours["experts"](x), wanted) < 1e-6
+    pk.unload_lora(ours)
+    assert list(ours.state_dict()) == ["experts.w"]
+    assert difference(ours["experts"](x), wanted) < 1e-6
 
 
 def test_second_adapter_from_a_folder_waits(tmp_path):
@@ -496,6 +528,17 @@ def test_accelerated_variants_are_equal(config, fused, calls):
     assert_same(ours, peers)
     assert len(calls) == fused
     assert_same_gradients(ours, peers)
+
+
+def test_accelerated_lora_fa(calls):
+    """LoRA-FA is an optimizer that freezes A (Zhang et al., arXiv 2308.03303)."""
+    peers = peft_model("llama", LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in peers.named_parameters():
+        parameter.requires_grad_(".lora_B." in name)
+    ours = pk.accelerate_peft(copy.deepcopy(peers))
+    assert_same_gradients(ours, peers)
+    assert len(calls) == 4
+    assert all(p.grad is None for n, p in ours.named_parameters() if ".lora_A." in n)
 
 
 def test_accelerated_layers_leave_trained_bases_and_hooks_to_peft(calls):

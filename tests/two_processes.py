@@ -1,0 +1,78 @@
+"""Run by test_works_with.py: two gloo processes train as one would, under DDP or fully_shard."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from _tiny import difference, stir, tiny_model, tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import perl_kernels as pk
+
+
+def build(checkpointing: bool):
+    model = pk.apply_lora(tiny_model(), pk.LoRAConfig(r=3))
+    pk.apply_lora(model, pk.LoRAConfig(r=2, target_modules=["q_proj"]), "other")
+    stir(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def losses(model, rows, whole) -> list[float]:
+    """Three steps on these rows of the batch; then the base alone."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens(4)[rows], labels=tokens(4)[rows]).loss
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    with torch.no_grad(), pk.disable_adapters(whole):
+        found.append(model(input_ids=tokens(4)[rows], labels=tokens(4)[rows]).loss)
+    return found
+
+
+def check(rank: int, how: str, checkpointing: bool) -> None:
+    alone = build(checkpointing)
+    wanted = losses(alone, slice(None), alone)
+    model = whole = build(checkpointing)
+    if how == "ddp":
+        model = DistributedDataParallel(whole)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for block in whole.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(whole, mesh=mesh)
+    got = torch.stack(losses(model, slice(2 * rank, 2 * rank + 2), whole))
+    dist.all_reduce(got)
+    assert difference(got / 2, torch.stack(wanted)) < 1e-5
+    assert wanted[2] < wanted[0], "nothing was learned"
+    start = pk.adapter_parameters(build(checkpointing))
+    trained = pk.adapter_parameters(alone)
+    for name, parameter in pk.adapter_parameters(whole).items():
+        value = parameter.full_tensor() if how == "fsdp2" else parameter
+        change = trained[name] - start[name]
+        assert difference(value - start[name], change) < 1e-4, name
+
+
+def worker(rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for how in ("ddp", "fsdp2"):
+        for checkpointing in (False, True):
+            check(rank, how, checkpointing)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "store")
+        mp.start_processes(worker, (file,), nprocs=2, start_method="fork")  # imports only once
