@@ -10,6 +10,7 @@ CPU kernels are C++ (csrc/cpu), GPU kernels are Triton; plain torch runs where n
 """
 
 from ._library import show_config, use_backend
+from ._tuned import use_tuned
 from .adapters import (
     LoRAConfig,
     adapter_names,
@@ -32,6 +33,7 @@ from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection, lora_mlp
 from .multi_lora_linear import multi_lora_linear
 from .peft import accelerate_peft, load_adapter, save_adapter
+from .tune import tune_lora_linear
 
 __all__ = [
     "LinearKL",
@@ -63,7 +65,9 @@ __all__ = [
     "selective_log_softmax",
     "set_adapter",
     "show_config",
+    "tune_lora_linear",
     "unload_lora",
     "unmerge_lora",
     "use_backend",
+    "use_tuned",
 ]

@@ -24,6 +24,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from perl_kernels._tuned import Finding  # noqa: E402
+
 ROOMS = ("lora_linear", "multi_lora_linear", "head", "log_prob")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -44,6 +48,8 @@ NO_PRODUCT = {
     "_logits_stats_kernel",
     "_logits_grad_kernel",
 }
+# bound by reading the weight: more programs of 32 outputs read it sooner than wgmma's 64 would
+NO_WGMMA = NO_PRODUCT | {"_lora_linear_decode_kernel"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,9 @@ def _describe(architecture: str, room: str, kernel, dtype: str, args, kwargs) ->
         name, value = parameter.name, values[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned += [i] if value.data_ptr() % 16 == 0 else []
@@ -153,9 +162,13 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
                 _call_multi_lora_linear(multi, dtype, rows=512, ranks=(16, 16), dropout_p=0.1)
                 _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
                 _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
-            # all of y in one kernel, however many tokens
-            patch.setattr(lora, "FUSED_TOKENS", dict.fromkeys(lora.FUSED_TOKENS, 2**31))
-            _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.0)
+            # more than DECODE_RANK
+            _call_lora_linear(lora, dtype, rows=16, rank=64, dropout_p=0.0)
+        patch.setattr(lora, "finding", lambda *_: Finding("fused"))
+        _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.1)
+        if every:
+            _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
+            _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.0)
     return list(launches)
 
 
@@ -308,7 +321,7 @@ def test_matrix_kernels_use_wgmma(compiled):
     products = {
         str(k): v
         for k, v in compiled.items()
-        if k.architecture == "sm_90" and k.dtype == "bf16" and k.kernel not in NO_PRODUCT
+        if k.architecture == "sm_90" and k.dtype == "bf16" and k.kernel not in NO_WGMMA
     }
     assert products and not {k: v for k, v in products.items() if v["wgmma"] == 0}
 
