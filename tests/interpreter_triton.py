@@ -21,6 +21,8 @@ from perl_kernels.head import triton as head_kernels
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
 from perl_kernels.lora_linear import triton as lora_kernels
+from perl_kernels.lora_mlp import triton as mlp_kernels
+from perl_kernels.lora_mlp.reference import activate
 from perl_kernels.multi_lora_linear import triton as multi_kernels
 
 assert triton_interpreted(), "set TRITON_INTERPRET=1 before pytest starts"
@@ -314,7 +316,7 @@ def test_a_wrong_route_is_left_out(tuned, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# lora_mlp: the kernels above, put together
+# lora_mlp: the kernels above, and its own between them
 # ------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +325,25 @@ def test_a_wrong_route_is_left_out(tuned, monkeypatch):
 def test_lora_mlp(p, save):
     tensors = mlp.make(37, 24, 45, 33, (5, 3, 16))
     compare(*mlp.three_ways(tensors, save, dropout_p=p), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_the_activation_and_its_gradient(activation, dtype):
+    """3 x 1111 elements: past one block, into the middle of another; far out both ways."""
+    gate, up, dh = (3 * torch.randn(3, 3, 1111)).to(dtype)
+    gate[:, :5] = torch.tensor([-90.0, -9.0, 0.0, 9.0, 90.0])
+
+    def plain(gate, up, dh):
+        gate, up = gate.requires_grad_(), up.requires_grad_()
+        h = activate(gate, activation) * up
+        dgate, dup = torch.autograd.grad(h, (gate, up), dh)
+        return {"h": h.detach(), "dgate": dgate, "dup": dup}
+
+    ours = {"h": mlp_kernels.gated(gate, up, activation)}
+    ours["dgate"], ours["dup"] = mlp_kernels.gated_backward(dh.clone(), gate, up, activation)
+    exact = plain(*(t.double() for t in (gate, up, dh)))
+    compare(ours, plain(gate.clone(), up.clone(), dh), exact, dtype)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -356,9 +356,11 @@ def test_lora_linear_with_cuda_kernels(p, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("save", mlp.SAVE)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_lora_mlp(p, save, dtype):
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_lora_mlp(activation, p, save, dtype):
     tensors = mlp.make(507, 123, 200, 96, (5, 16, 64), dtype)
-    mlp.hold_to_law(*mlp.three_ways(tensors, save, dropout_p=p), dtype)
+    found = mlp.three_ways(tensors, save, dropout_p=p, activation=activation)
+    mlp.hold_to_law(*found, dtype)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from perl_kernels._tuned import Finding  # noqa: E402
 
-ROOMS = ("lora_linear", "multi_lora_linear", "head", "log_prob")
+ROOMS = ("lora_linear", "lora_mlp", "multi_lora_linear", "head", "log_prob")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -42,6 +42,8 @@ TYPES = {
 }  # fmt: skip
 NO_PRODUCT = {
     "_lora_linear_sum_kernel",
+    "_lora_mlp_fwd_kernel",
+    "_lora_mlp_bwd_kernel",
     "_multi_lora_linear_segments_kernel",
     "_multi_lora_linear_sum_kernel",
     "_head_combine_kernel",
@@ -140,8 +142,10 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
         _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
         _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0, rank=16)
         _call_log_prob(log_prob, dtype, with_ref=True)
+        _call_lora_mlp(modules["lora_mlp"], dtype, "silu")
         if every:
             _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8), dropout_p=0.1)
+            _call_lora_mlp(modules["lora_mlp"], dtype, "gelu_tanh")
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=256, dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=64, rank=64, dropout_p=0.0)
@@ -190,6 +194,12 @@ def _call_multi_lora_linear(module, dtype, rows: int, ranks: tuple, dropout_p: f
             torch.zeros((), dtype=torch.int64))  # fmt: skip
     _, s = module.forward(x, weight, bias, *rest)
     module.backward(dy, x, weight, *rest, s, True, True)
+
+
+def _call_lora_mlp(module, dtype, activation: str) -> None:
+    gate = torch.zeros(64, 512, dtype=dtype)
+    module.gated(gate, gate, activation)
+    module.gated_backward(gate, gate, gate, activation)
 
 
 def _call_head(
