@@ -170,7 +170,7 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
             _call_lora_linear(lora, dtype, rows=16, rank=64, dropout_p=0.0)
         patch.setattr(lora, "finding", lambda *_: Finding("fused"))
         _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.1)
-        if every:
+        if every and dtype == torch.bfloat16:
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.0)
     return list(launches)

@@ -602,7 +602,7 @@ def _ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, db: Tenso
         torch.ops.perl_kernels.lora_linear_ds_db_cuda(dy, b, s, scale, ds, db)
         return
     if rank > DS_DB_RANK:
-        torch.addmm(ds, dy, b, beta=0, alpha=scale, out=ds)
+        ds.addmm_(dy, b, beta=0, alpha=scale)
         if db is not None:
             exact = db if db.dtype == torch.float32 else db.new_empty(db.shape, dtype=torch.float32)
             add_product(exact.zero_(), dy.T, s)
