@@ -42,8 +42,8 @@ PINNED: dict[tuple[str, int], dict[str, Tile]] = {
     ("lora_linear_decode", 4): {"any": _tile(4, 3, BLOCK_O=32, BLOCK_D=32)},
     ("lora_linear_fused", 2): {
         "any": _tile(8, 3, BLOCK_N=128, BLOCK_C=128, BLOCK_K=64, GROUP=8, PROGRAMS=1),
-        "sm_90": _tile(8, 4, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
-        "sm_100": _tile(8, 4, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
+        "sm_90": _tile(8, 3, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
+        "sm_100": _tile(8, 3, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
     },
     ("lora_linear_fused", 4): {
         "any": _tile(8, 3, BLOCK_N=64, BLOCK_C=64, BLOCK_K=16, GROUP=8, PROGRAMS=2)

@@ -28,7 +28,7 @@ MOST_DECODED = 256  # tokens up to which the decode kernel is tried
 # Changes to the pinned tile of a route that are tried too.
 VARIANTS: dict[str, list[dict[str, int]]] = {
     "fused": [
-        {"BLOCK_N": 128, "BLOCK_C": 256, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_C": 256, "num_warps": 8, "num_stages": 4},
         {"BLOCK_N": 256, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_N": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 4},
         # two programs to a multiprocessor: one writes its tile while the other multiplies
