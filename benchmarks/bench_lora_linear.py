@@ -1,6 +1,8 @@
 """lora_linear beside the frozen layer that it wraps, PEFT's layer, and full tuning of the layer.
 
 ours     pk.lora_linear
+ours, X  on a GPU, the same by a route that is not pinned at this size, for X see ROUTES in
+         perl_kernels/lora_linear/triton.py; "fused 2" has two programs to a multiprocessor
 frozen   F.linear, and its dx in backward: what a layer costs that is not trained at all
 plain    the definition in plain torch, autograd's backward
 addmm    the library's products with in-place accumulation, the kernels switched off
@@ -11,8 +13,9 @@ full     the same layer trained in full: dW too
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +36,13 @@ from benchmarks._measure import (
     without_gradients,
 )
 from perl_kernels._dropout import new_seed
+from perl_kernels._tuned import Finding, gpu_name, key_of, pinned_name, using
 from perl_kernels.lora_linear import reference
+from perl_kernels.tune import VARIANTS
 
 ROOM = "lora_linear"
 PEERS = ("peft",)
+T = TypeVar("T")
 COMPILED = f"{TRAIN}, compiled"
 SHAPES = {  # (N, D, O)
     "quick": [(512, 1024, 1024), (1024, 512, 512)],
@@ -90,6 +96,10 @@ def _h200() -> Iterator[Case]:
         for rank in (16, 64, 256):
             yield on_gpu(TRAIN, 8192, 4096, outs, rank)
         yield on_gpu(DROPOUT, 8192, 4096, outs, 16)
+    # few features, where a kernel of our own needs the least of the library's rate
+    for size in (2048, 1024):
+        yield on_gpu(TRAIN, 8192, size, size, 16)
+        yield on_gpu(DROPOUT, 8192, size, size, 16)
     for tokens in (1, 16, 64):
         yield on_gpu(FORWARD, tokens, 4096, 4096, 16, graphed=True)
     yield on_gpu(PROJECTIONS, 8192, 4096, 4096, 16)
@@ -152,6 +162,9 @@ def contest(case: Case) -> Contest:
 
     adapters = [x, *a, *b]
     run, missing = {"ours": call(ours, adapters), "frozen": call(frozen, [x])}, {}
+    routes = _other_routes(x, o, r) if case.device != "cpu" and case.check != COMPILED else {}
+    for name, findings in routes.items():
+        run[f"ours, {name}"] = _by(findings, x, run["ours"])
     if case.dropout_p and count == 1:
         run["ours without dropout"] = call(lambda: ours(0.0), adapters)
     if count > 1:
@@ -184,7 +197,14 @@ def contest(case: Case) -> Contest:
     def compare() -> list[Compared]:
         given = (x, weight, a, b, dy, case.dropout_p if trains else 0.0, trains)
         found, exact, torchs = _ours(*given), _definition(*_doubled(*given)), _definition(*given)
-        return [Compared(name, found[name], torchs[name], exact[name]) for name in exact]
+        by_route = {"": found}
+        for name, findings in routes.items():
+            by_route[f", {name}"] = _by(findings, x, lambda: _ours(*given))()
+        return [
+            Compared(name + route, ours[name], torchs[name], exact[name])
+            for route, ours in by_route.items()
+            for name in exact
+        ]
 
     factor = 2 if trains else 1
     flops = factor * count * (2 * n * d * o) + (3 if trains else 1) * count * 2 * n * r * (d + o)
@@ -199,6 +219,34 @@ def contest(case: Case) -> Contest:
             else {}
         ),
     )
+
+
+def _other_routes(x: Tensor, outs: int, rank: int) -> dict[str, dict[str, Finding]]:
+    """By name, what makes lora_linear take a route that is not pinned for x (N, D)."""
+
+    def findings(route: str, **change: int) -> dict[str, Finding]:
+        from perl_kernels._triton import pinned
+
+        found = {}
+        for product in ("y", "dx", "dx_dropout"):
+            fused = {**pinned(pinned_name("fused", product), x), **change}
+            tile = fused if route == "fused" else None
+            found[key_of(product, x.dtype, *x.shape, outs, rank)] = Finding(route, tile)
+        return found
+
+    if len(x) <= 64:
+        return {"library": findings("library")}
+    return {"fused": findings("fused"), "fused 2": findings("fused", **VARIANTS["fused"][-1])}
+
+
+def _by(findings: dict[str, Finding], x: Tensor, run: Callable[[], T]) -> Callable[[], T]:
+    """run by these routes, on x's GPU"""
+
+    def chosen() -> T:
+        with using(gpu_name(x.device), findings):
+            return run()
+
+    return chosen
 
 
 # Ours, and the definition, with the same dropout mask.

@@ -47,7 +47,11 @@ SHAPES = {  # (N, D, F)
 
 def cases(preset: str) -> list[Case]:
     if preset == "h200":
-        return [_case(c, 8192, 4096, 14336, 16, "bf16", device="cuda") for c in (TRAIN, DROPOUT)]
+        return [
+            _case(check, 8192, *shape, 16, "bf16", device="cuda")
+            for shape in ((4096, 14336), (2048, 5632))
+            for check in (TRAIN, DROPOUT)
+        ]
     return list(_tiny() if preset == "tiny" else _cpu(preset))
 
 

@@ -44,6 +44,8 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("log_prob", "forward", {}),
     ("log_prob", "forward + backward", {}),
     ("linear_log_prob", "forward + backward", {"V": 131072}),
+    ("lora_mlp", "forward + backward", {}),
+    ("lora_mlp", "forward + backward, dropout 0.1", {}),
     ("log_prob", "kl, forward + backward", {}),
     ("lora_linear_parts", "shrink", {"N": 8192, "R": 16}),
     ("lora_linear_parts", "ds and db", {"O": 4096, "R": 16}),

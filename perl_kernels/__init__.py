@@ -10,6 +10,7 @@ CPU kernels are C++ (csrc/cpu), GPU kernels are Triton; plain torch runs where n
 """
 
 from ._library import show_config, use_backend
+from ._tuned import use_tuned
 from .adapters import (
     LoRAConfig,
     adapter_names,
@@ -34,6 +35,7 @@ from .lora_mlp import LoRAProjection, lora_mlp
 from .multi_lora_linear import multi_lora_linear
 from .peft import accelerate_peft, load_adapter, save_adapter
 from .rms_norm import rms_norm
+from .tune import tune_lora_linear
 
 __all__ = [
     "LinearKL",
@@ -67,7 +69,9 @@ __all__ = [
     "selective_log_softmax",
     "set_adapter",
     "show_config",
+    "tune_lora_linear",
     "unload_lora",
     "unmerge_lora",
     "use_backend",
+    "use_tuned",
 ]

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._tuned import config_line
+
 NAMESPACE = "perl_kernels"
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 _DEVICE_OF_BACKEND = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -197,7 +199,8 @@ def cpu_capability() -> str:
 
 
 def show_config() -> None:
-    """Print versions, backends with what is missing, CPU instruction sets, and devices."""
+    """Print versions, backends with what is missing, CPU instruction sets, findings of the tuner
+    that are in use, and devices."""
     from importlib.metadata import PackageNotFoundError, version
 
     def version_of(package: str) -> str:
@@ -222,6 +225,7 @@ def show_config() -> None:
             "           no packed copy of a weight is kept between calls; scratch: at most "
             f"{torch.ops.perl_kernels.cpu_scratch_bytes() >> 20} MiB a thread"
         )
+    print(f"tuned      {config_line()}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         memory = gpu.total_memory / 2**30

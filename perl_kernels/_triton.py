@@ -8,6 +8,7 @@ Letters are those of the library (N, D, O, R, V, H); the formulas are those of `
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from ._library import triton_interpreted
 # ------------------------------------------------------------------------------------------------
 
 Tile = dict[str, int]
+T = TypeVar("T")
 
 
 def _tile(warps: int, stages: int, **constants: int) -> Tile:
@@ -32,19 +34,36 @@ def _tile(warps: int, stages: int, **constants: int) -> Tile:
 PINNED: dict[tuple[str, int], dict[str, Tile]] = {
     ("lora_linear_shrink", 2): {"any": _tile(4, 4, BLOCK_N=64, BLOCK_D=64)},
     ("lora_linear_shrink", 4): {"any": _tile(4, 3, BLOCK_N=32, BLOCK_D=32)},
-    ("lora_linear_fwd_decode", 2): {"any": _tile(4, 4, BLOCK_O=64, BLOCK_D=128, GROUP=8)},
-    ("lora_linear_fwd_decode", 4): {"any": _tile(4, 3, BLOCK_O=32, BLOCK_D=32, GROUP=8)},
-    ("lora_linear_fwd", 2): {
-        "any": _tile(8, 3, BLOCK_N=128, BLOCK_O=128, BLOCK_D=64, GROUP=8),
-        "sm_90": _tile(8, 4, BLOCK_N=256, BLOCK_O=128, BLOCK_D=64, GROUP=8),
+    ("lora_linear_decode", 2): {
+        "any": _tile(4, 4, BLOCK_O=32, BLOCK_D=128),
+        "sm_90": _tile(4, 6, BLOCK_O=32, BLOCK_D=128),
+        "sm_100": _tile(4, 6, BLOCK_O=32, BLOCK_D=128),
     },
-    ("lora_linear_fwd", 4): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_O=64, BLOCK_D=16, GROUP=8)},
+    ("lora_linear_decode", 4): {"any": _tile(4, 3, BLOCK_O=32, BLOCK_D=32)},
+    ("lora_linear_fused", 2): {
+        "any": _tile(8, 3, BLOCK_N=128, BLOCK_C=128, BLOCK_K=64, GROUP=8, PROGRAMS=1),
+        "sm_90": _tile(8, 3, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
+        "sm_100": _tile(8, 3, BLOCK_N=128, BLOCK_C=256, BLOCK_K=64, GROUP=8, PROGRAMS=1),
+    },
+    ("lora_linear_fused", 4): {
+        "any": _tile(8, 3, BLOCK_N=64, BLOCK_C=64, BLOCK_K=16, GROUP=8, PROGRAMS=2)
+    },
+    ("lora_linear_fused_dropout", 2): {
+        "any": _tile(8, 3, BLOCK_N=128, BLOCK_C=128, BLOCK_K=64, GROUP=8, PROGRAMS=1)
+    },
+    ("lora_linear_fused_dropout", 4): {
+        "any": _tile(8, 3, BLOCK_N=64, BLOCK_C=64, BLOCK_K=16, GROUP=8, PROGRAMS=2)
+    },
     ("lora_linear_bwd_ds_db", 2): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_O=128, SPLIT_N=512)},
     ("lora_linear_bwd_ds_db", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_O=32, SPLIT_N=512)},
     ("lora_linear_bwd_da", 2): {"any": _tile(4, 3, BLOCK_N=64, BLOCK_D=128, SPLIT_N=1024)},
     ("lora_linear_bwd_da", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=32, SPLIT_N=1024)},
     ("lora_linear_bwd_dx", 2): {"any": _tile(4, 2, BLOCK_N=64, BLOCK_D=128)},
     ("lora_linear_bwd_dx", 4): {"any": _tile(4, 2, BLOCK_N=32, BLOCK_D=64)},
+    ("lora_mlp_fwd", 2): {"any": _tile(4, 1, BLOCK=2048)},
+    ("lora_mlp_fwd", 4): {"any": _tile(4, 1, BLOCK=1024)},
+    ("lora_mlp_bwd", 2): {"any": _tile(4, 1, BLOCK=2048)},
+    ("lora_mlp_bwd", 4): {"any": _tile(4, 1, BLOCK=1024)},
     ("multi_lora_linear_shrink", 2): {"any": _tile(4, 4, BLOCK_N=64, BLOCK_D=64)},
     ("multi_lora_linear_shrink", 4): {"any": _tile(4, 3, BLOCK_N=32, BLOCK_D=32)},
     ("multi_lora_linear_expand", 2): {"any": _tile(4, 2, BLOCK_N=64, BLOCK_D=128)},
@@ -79,8 +98,8 @@ PINNED: dict[tuple[str, int], dict[str, Tile]] = {
 
 # Small enough that the odd sizes of the tests cross the borders of tiles, splits and groups.
 _INTERPRETER = {
-    "BLOCK_N": 16, "BLOCK_O": 32, "BLOCK_D": 32, "BLOCK_V": 256, "BLOCK_H": 32,
-    "GROUP": 2, "SPLITS": 2, "SPLIT_N": 32,
+    "BLOCK_N": 16, "BLOCK_O": 32, "BLOCK_D": 32, "BLOCK_C": 32, "BLOCK_K": 32, "BLOCK_V": 256,
+    "BLOCK_H": 32, "GROUP": 2, "SPLITS": 2, "SPLIT_N": 32,
 }  # fmt: skip
 
 
@@ -94,15 +113,33 @@ def architecture(tensor: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def of_architecture(entry: dict[str, T], like: Tensor) -> T:
+    """What a pinned table says for like's device."""
+    return entry.get(architecture(like), entry["any"])
+
+
 def pinned(kernel: str, like: Tensor) -> Tile:
     """A fresh copy of the tile of `kernel` for tensors of like's dtype and device."""
-    entry, name = PINNED[kernel, like.element_size()], architecture(like)
+    name, tile = architecture(like), of_architecture(PINNED[kernel, like.element_size()], like)
     if name == "interpreter":
-        return {k: _INTERPRETER.get(k, v) for k, v in entry["any"].items()}
-    tile = dict(entry.get(name, entry["any"]))
+        return {k: _INTERPRETER.get(k, v) for k, v in tile.items()}
+    tile = dict(tile)
     if name == "gfx942":
         tile["num_stages"] = min(tile["num_stages"], 2)  # 64 KiB of shared memory
     return tile
+
+
+def has_descriptors(like: Tensor) -> bool:
+    """Whether a copy engine reads tiles by tensor descriptors: Hopper's or later, or the
+    interpreter. Elsewhere Triton makes plain loads of them that it does not pipeline."""
+    return architecture(like) in ("sm_90", "sm_100", "interpreter")
+
+
+def multiprocessors(like: Tensor) -> int:
+    """Of like's GPU. The interpreter has three, so that tests give a program several tiles."""
+    if not like.is_cuda:
+        return 3
+    return torch.cuda.get_device_properties(like.device).multi_processor_count
 
 
 def precision(like: Tensor) -> str:

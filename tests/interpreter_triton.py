@@ -3,6 +3,8 @@
 TRITON_INTERPRET=1 pytest tests/interpreter_triton.py
 """
 
+import json
+
 import pytest
 import test_head as clipped
 import test_lora_mlp as mlp
@@ -10,15 +12,18 @@ import test_multi_lora_linear as multi
 import test_rms_norm as norm
 import torch
 from _compare import check_bound, check_law, doubled
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import perl_kernels as pk
-from perl_kernels import _dropout, _triton
+from perl_kernels import _dropout, _triton, _tuned, tune
 from perl_kernels._library import triton_interpreted
 from perl_kernels.head import reference as head
 from perl_kernels.head import triton as head_kernels
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
 from perl_kernels.lora_linear import triton as lora_kernels
+from perl_kernels.lora_mlp import triton as mlp_kernels
+from perl_kernels.lora_mlp.reference import activate
 from perl_kernels.multi_lora_linear import triton as multi_kernels
 
 assert triton_interpreted(), "set TRITON_INTERPRET=1 before pytest starts"
@@ -97,15 +102,53 @@ def test_lora_linear(sizes, dtype):
     )
 
 
-@pytest.mark.parametrize("sizes", LORA_SIZES, ids=str)
-def test_both_ways_to_y(monkeypatch, sizes):
-    """All of y in one kernel, and with the base by the library: any N may take either."""
+def by_routes(tensors, y, dx):
+    """lora_linear takes these routes at the sizes of these tensors."""
+    x, sizes = tensors["x"], (*tensors["x"].shape, *tensors["b"].shape)
+    wanted = {"y": y, "dx": dx, "dx_dropout": dx}
+    return _tuned.using(
+        _tuned.gpu_name(x.device),
+        {_tuned.key_of(k, x.dtype, *sizes): _tuned.Finding(route) for k, route in wanted.items()},
+    )
+
+
+@pytest.mark.parametrize("routes", [("fused", "fused"), ("decode", "library")], ids=str)
+@pytest.mark.parametrize(
+    "sizes, p",
+    [
+        ((37, 123, 45, 5), 0.0),
+        ((37, 123, 45, 5), 0.3),
+        ((1, 64, 33, 16), 0.3),
+        ((70, 40, 70, 80), 0.3),
+    ],
+    ids=str,
+)
+def test_every_route(sizes, p, routes):
+    """Any size may take any route."""
     tensors, dy = make_lora(*sizes, torch.float32), torch.randn(sizes[0], sizes[2])
+    options = {"scale": 0.7, "dropout_p": p, "seed": torch.tensor(2**62 + 12345)}
+    with by_routes(tensors, *routes):
+        ours = run_lora(seeded_lora, tensors, dy, **options)
+    theirs = run_lora(plain_lora, tensors, dy, **options)
+    exact = run_lora(plain_lora, doubled(tensors), dy, **options)
+    compare(ours, theirs, exact, torch.float32)
+
+
+# Rows of whole 16 bytes, as the copy engine wants them; 37, 72 and 88: parts of tiles of 16 and 32.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tensor_descriptors(monkeypatch, transposed, dtype):
+    calls = []
+    real = TensorDescriptor.from_tensor
+    monkeypatch.setattr(TensorDescriptor, "from_tensor", lambda *a: calls.append(a) or real(*a))
+    tensors, dy = make_lora(37, 72, 88, 40, dtype), torch.randn(37, 88).to(dtype)
+    if transposed:
+        tensors["weight"] = tensors["weight"].T.contiguous().T
+    with by_routes(tensors, "fused", "fused"):
+        ours = run_lora(pk.lora_linear, tensors, dy, scale=0.7)
+    assert len(calls) == 6
     theirs = run_lora(plain_lora, tensors, dy, scale=0.7)
-    exact = run_lora(plain_lora, doubled(tensors), dy, scale=0.7)
-    for limit in (0, 2**31):
-        monkeypatch.setattr(lora_kernels, "FUSED_TOKENS", {4: limit})
-        compare(run_lora(pk.lora_linear, tensors, dy, scale=0.7), theirs, exact, torch.float32)
+    compare(ours, theirs, run_lora(plain_lora, doubled(tensors), dy, scale=0.7), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,7 +249,75 @@ def test_only_the_wanted_gradients():
 
 
 # ------------------------------------------------------------------------------------------------
-# lora_mlp: the kernels above, put together
+# The tuner, with a clock that is told what each candidate takes
+# ------------------------------------------------------------------------------------------------
+
+SHAPE = (5, 24, 40, 3)
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """tuned(seconds by route) tunes SHAPE; what it found, by product, and its file."""
+    file = tmp_path / "findings.json"
+    monkeypatch.setattr(tune, "VARIANTS", {"fused": [{"GROUP": 1}], "decode": [{"BLOCK_O": 16}]})
+
+    def run(seconds):
+        def clock(_run, _seconds):
+            ((_, by_key),) = _tuned._findings.items()
+            ((route, tile),) = by_key.values()
+            return seconds[route] - (1e-9 if tile and 1 in tile.values() else 0)
+
+        monkeypatch.setattr(tune, "seconds_of", clock)
+        found = pk.tune_lora_linear([SHAPE], file, dtype=torch.float32)
+        return {key.split(" ")[0]: entry for key, entry in found.items()}, file
+
+    yield run
+    pk.use_tuned(None)
+
+
+def test_the_tuner_keeps_the_fastest_and_uses_it(tuned):
+    found, file = tuned({"library": 4e-6, "fused": 3e-6, "decode": 2e-6})
+    assert {product: entry["route"] for product, entry in found.items()} == {
+        "y": "decode", "dx": "fused", "dx_dropout": "fused"
+    }  # fmt: skip
+    assert found["dx"]["tile"]["GROUP"] == 1  # the faster of two tiles
+    assert sorted(found["y"]["microseconds"].values()) == [2.0, 2.0, 3.0, 3.0, 4.0]
+    x = torch.randn(SHAPE[:2])
+    assert _tuned.finding("dx", x, *SHAPE[2:]).route == "fused"
+    assert _tuned.finding("dx", torch.randn(7, SHAPE[1]), SHAPE[2], 4).route == "fused"
+    assert _tuned.finding("dx", torch.randn(9, SHAPE[1]), *SHAPE[2:]) is None
+    pk.use_tuned(None)
+    assert _tuned.finding("dx", x, *SHAPE[2:]) is None
+    pk.use_tuned(file)
+    assert _tuned.finding("dx", x, *SHAPE[2:]).tile == found["dx"]["tile"]
+
+
+def test_the_library_stays_where_little_is_won(tuned):
+    found, _ = tuned({"library": 4e-6, "fused": 3.95e-6, "decode": 3.95e-6})
+    assert {entry["route"] for entry in found.values()} == {"library"}
+
+
+def test_findings_are_added_to_a_file(tuned):
+    _, file = tuned({"library": 1e-6, "fused": 2e-6, "decode": 2e-6})
+    of_another = {"y bfloat16 N8 D8 O8 R8": {"route": "library"}}
+    kept = {**json.loads(file.read_text()), "another": of_another}
+    file.write_text(json.dumps(kept))
+    found, _ = tuned({"library": 3e-6, "fused": 2e-6, "decode": 4e-6})
+    now = json.loads(file.read_text())
+    assert now["another"] == of_another and now.keys() == {"another", "interpreter"}
+    assert {entry["route"] for entry in now["interpreter"].values()} == {"fused"}
+
+
+def test_a_wrong_route_is_left_out(tuned, monkeypatch):
+    right = lora_kernels._decode
+    monkeypatch.setattr(lora_kernels, "_decode", lambda *a: right(*a) + 1)
+    with pytest.warns(UserWarning, match="decode O.* differs from the library by .* left out"):
+        found, _ = tuned({"library": 4e-6, "fused": 3e-6, "decode": 2e-6})
+    assert found["y"]["route"] == "fused"
+
+
+# ------------------------------------------------------------------------------------------------
+# lora_mlp: the kernels above, and its own between them
 # ------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +326,25 @@ def test_only_the_wanted_gradients():
 def test_lora_mlp(p, save):
     tensors = mlp.make(37, 24, 45, 33, (5, 3, 16))
     compare(*mlp.three_ways(tensors, save, dropout_p=p), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_the_activation_and_its_gradient(activation, dtype):
+    """3 x 1111 elements: past one block, into the middle of another; far out both ways."""
+    gate, up, dh = (3 * torch.randn(3, 3, 1111)).to(dtype)
+    gate[:, :5] = torch.tensor([-90.0, -9.0, 0.0, 9.0, 90.0])
+
+    def plain(gate, up, dh):
+        gate, up = gate.requires_grad_(), up.requires_grad_()
+        h = activate(gate, activation) * up
+        dgate, dup = torch.autograd.grad(h, (gate, up), dh)
+        return {"h": h.detach(), "dgate": dgate, "dup": dup}
+
+    ours = {"h": mlp_kernels.gated(gate, up, activation)}
+    ours["dgate"], ours["dup"] = mlp_kernels.gated_backward(dh.clone(), gate, up, activation)
+    exact = plain(*(t.double() for t in (gate, up, dh)))
+    compare(ours, plain(gate.clone(), up.clone(), dh), exact, dtype)
 
 
 # ------------------------------------------------------------------------------------------------

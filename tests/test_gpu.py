@@ -7,7 +7,7 @@ import torch
 from _compare import check_bound, check_law, doubled
 
 import perl_kernels as pk
-from perl_kernels import _dropout, _library
+from perl_kernels import _dropout, _library, _tuned
 from perl_kernels.head import reference as head
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
@@ -94,6 +94,69 @@ def test_lora_linear(sizes, dtype):
     exact = run_lora(plain_lora, doubled(tensors), dy, scale=0.7)
     for name in exact:
         check_law(name, ours[name], theirs[name], exact[name], dtype)
+
+
+def by_routes(tensors, y, dx):
+    """lora_linear takes these routes at the sizes of these tensors, in the pinned tiles."""
+    x, sizes = tensors["x"], (*tensors["x"].shape, *tensors["b"].shape)
+    wanted = {"y": y, "dx": dx, "dx_dropout": dx}
+    return _tuned.using(
+        _tuned.gpu_name(x.device),
+        {_tuned.key_of(k, x.dtype, *sizes): _tuned.Finding(route) for k, route in wanted.items()},
+    )
+
+
+# Any size may take any route. 123, 45: plain loads; 512, 1096: tensor descriptors.
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "routes", [("library", "library"), ("fused", "fused"), ("decode", "fused")]
+)
+@pytest.mark.parametrize("sizes", [*LORA_SIZES[:2], (300, 512, 1096, 48)], ids=str)
+def test_every_route(sizes, routes, dtype):
+    tensors, dy = make_lora(*sizes, dtype), torch.randn(sizes[0], sizes[2]).to(dtype)
+    p, seed = 0.3, torch.tensor(2**62 + 12345)
+
+    def seeded(x, weight, a, b, bias):
+        rest = ([a], [b], [0.7], p, seed)
+        (y,), _ = torch.ops.perl_kernels.lora_linear(x, [weight], [bias], *rest)
+        return y
+
+    with by_routes(tensors, *routes):
+        ours = run_lora(seeded, tensors, dy)
+    options = {"scale": 0.7, "dropout_p": p, "seed": seed}
+    theirs = run_lora(plain_lora, tensors, dy, **options)
+    exact = run_lora(plain_lora, doubled(tensors), dy, **options)
+    for name in exact:
+        check_law(name, ours[name], theirs[name], exact[name], dtype)
+
+
+@pytest.mark.parametrize("route", ["library", "fused"])
+def test_lora_linear_beyond_two_to_the_31_elements(route):
+    n, d, o = 540_000, 64, 4096
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    tensors = make_lora(n, d, o, 8, torch.bfloat16)
+    last = {**tensors, "x": tensors["x"][-5:].detach().requires_grad_()}
+    dy = torch.zeros(n, o, dtype=torch.bfloat16)
+    dy[-5:].normal_()
+    with by_routes(tensors, route, route):
+        ours = run_lora(pk.lora_linear, tensors, dy)
+    theirs = run_lora(plain_lora, last, dy[-5:])
+    exact = run_lora(plain_lora, doubled(last), dy[-5:])
+    for name in exact:
+        found = ours[name][-5:] if name in ("y", "dx") else ours[name]
+        check_law(name, found, theirs[name], exact[name], torch.bfloat16)
+
+
+def test_the_tuner_finds_a_route_that_is_right(tmp_path):
+    sizes = (300, 256, 512, 16)
+    found = pk.tune_lora_linear([sizes], tmp_path / "findings.json", seconds=0.01)
+    try:
+        assert all(len(entry["microseconds"]) > 1 for entry in found.values())
+        test_lora_linear(sizes, torch.bfloat16)
+    finally:
+        pk.use_tuned(None)
 
 
 def test_float32_adapters_on_a_bfloat16_base():
@@ -297,9 +360,11 @@ def test_lora_linear_with_cuda_kernels(p, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("save", mlp.SAVE)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_lora_mlp(p, save, dtype):
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+def test_lora_mlp(activation, p, save, dtype):
     tensors = mlp.make(507, 123, 200, 96, (5, 16, 64), dtype)
-    mlp.hold_to_law(*mlp.three_ways(tensors, save, dropout_p=p), dtype)
+    found = mlp.three_ways(tensors, save, dropout_p=p, activation=activation)
+    mlp.hold_to_law(*found, dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -600,6 +665,10 @@ def steps():
     def lora_step():
         return list(run_lora(pk.lora_linear, lora_tensors, dy).values())
 
+    def fused_step():
+        with by_routes(lora_tensors, "fused", "fused"):
+            return lora_step()
+
     tensors = make_head(40, 64, 1003, torch.bfloat16)
     hidden, weight = tensors["hidden"], tensors["weight"]
     ref_hidden = torch.randn(40, 64).to(torch.bfloat16)
@@ -635,6 +704,7 @@ def steps():
 
     return {
         "lora_linear": (lora_step, lora_tensors["x"]),
+        "lora_linear, fused": (fused_step, lora_tensors["x"]),
         "lora_mlp": (block_step, block["x"]),
         "multi_lora_linear": (rows_step, rows_tensors["x"]),
         "linear_log_prob": (log_prob_step, hidden),
@@ -646,7 +716,11 @@ def steps():
 STEPS = pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "triton") for name in ("linear_log_prob", "multi_lora_linear", "policy_loss")]
-    + [(name, b) for name in ("lora_linear", "lora_mlp", "log_prob") for b in ("triton", "cuda")],
+    + [
+        (name, b)
+        for name in ("lora_linear", "lora_linear, fused", "lora_mlp", "log_prob")
+        for b in ("triton", "cuda")
+    ],
 )
 
 

@@ -24,7 +24,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-ROOMS = ("lora_linear", "multi_lora_linear", "rms_norm", "head", "log_prob")
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from perl_kernels._tuned import Finding  # noqa: E402
+
+ROOMS = ("lora_linear", "lora_mlp", "multi_lora_linear", "rms_norm", "head", "log_prob")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -38,6 +42,8 @@ TYPES = {
 }  # fmt: skip
 NO_PRODUCT = {
     "_lora_linear_sum_kernel",
+    "_lora_mlp_fwd_kernel",
+    "_lora_mlp_bwd_kernel",
     "_multi_lora_linear_segments_kernel",
     "_multi_lora_linear_sum_kernel",
     "_rms_norm_fwd_kernel",
@@ -48,6 +54,8 @@ NO_PRODUCT = {
     "_logits_stats_kernel",
     "_logits_grad_kernel",
 }
+# bound by reading the weight: more programs of 32 outputs read it sooner than wgmma's 64 would
+NO_WGMMA = NO_PRODUCT | {"_lora_linear_decode_kernel"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,9 @@ def _describe(architecture: str, room: str, kernel, dtype: str, args, kwargs) ->
         one = special and isinstance(value, int) and value == 1
         if parameter.is_constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned += [i] if value.data_ptr() % 16 == 0 else []
@@ -138,9 +149,11 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
         _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0, rank=16)
         _call_log_prob(log_prob, dtype, with_ref=True)
         _call_rms_norm(modules["rms_norm"], dtype, 4096)
+        _call_lora_mlp(modules["lora_mlp"], dtype, "silu")
         if every:
             _call_rms_norm(modules["rms_norm"], dtype, 16384)
             _call_multi_lora_linear(multi, dtype, rows=512, ranks=(256, 8), dropout_p=0.1)
+            _call_lora_mlp(modules["lora_mlp"], dtype, "gelu_tanh")
             _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
             _call_lora_linear(lora, dtype, rows=512, rank=256, dropout_p=0.1)
             _call_lora_linear(lora, dtype, rows=64, rank=64, dropout_p=0.0)
@@ -161,9 +174,16 @@ def record(architecture: str, dtype: torch.dtype, every: bool = True) -> list[La
                 _call_multi_lora_linear(multi, dtype, rows=512, ranks=(16, 16), dropout_p=0.1)
                 _call_head(head, dtype, 128, 512, with_ref=False, softcap=0.0)
                 _call_head(head, dtype, 128, 512, with_ref=True, softcap=30.0)
-            # all of y in one kernel, however many tokens
-            patch.setattr(lora, "FUSED_TOKENS", dict.fromkeys(lora.FUSED_TOKENS, 2**31))
-            _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.0)
+            # more than DECODE_RANK
+            _call_lora_linear(lora, dtype, rows=16, rank=64, dropout_p=0.0)
+        patch.setattr(lora, "finding", lambda *_: Finding("fused"))
+        _call_lora_linear(lora, dtype, rows=512, rank=64, dropout_p=0.1)
+        if every and dtype == torch.bfloat16:
+            _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
+            _call_lora_linear(lora, dtype, rows=1, rank=1, dropout_p=0.0)
+            # rows that are no whole 16 bytes
+            patch.setattr(lora, "_describable", lambda tensor: False)
+            _call_lora_linear(lora, dtype, rows=512, rank=16, dropout_p=0.0)
     return list(launches)
 
 
@@ -185,6 +205,12 @@ def _call_multi_lora_linear(module, dtype, rows: int, ranks: tuple, dropout_p: f
             torch.zeros((), dtype=torch.int64))  # fmt: skip
     _, s = module.forward(x, weight, bias, *rest)
     module.backward(dy, x, weight, *rest, s, True, True)
+
+
+def _call_lora_mlp(module, dtype, activation: str) -> None:
+    gate = torch.zeros(64, 512, dtype=dtype)
+    module.gated(gate, gate, activation)
+    module.gated_backward(gate, gate, gate, activation)
 
 
 def _call_head(
@@ -344,7 +370,7 @@ def test_matrix_kernels_use_wgmma(compiled):
     products = {
         str(k): v
         for k, v in compiled.items()
-        if k.architecture == "sm_90" and k.dtype == "bf16" and k.kernel not in NO_PRODUCT
+        if k.architecture == "sm_90" and k.dtype == "bf16" and k.kernel not in NO_WGMMA
     }
     assert products and not {k: v for k, v in products.items() if v["wgmma"] == 0}
 

@@ -29,8 +29,9 @@ Saved for backward is x, which exists anyway, s and s_down, which are as thin as
 
 so (D + R_gate + R_up + R_down + 2 F) elements a token, or the same without 2 F. With r16 in a block
 of 2048 x 5632 in bfloat16 that is 26 720 or 4 192 bytes; autograd keeps 4 F and more of a block of
-LoRA layers, and 3 F of a frozen one. act(gate), h, dropped copies and masks are never kept, and the
-CPU kernels never hold one for more than a group of rows.
+LoRA layers, and 3 F of a frozen one. act(gate), h, dropped copies and masks are never kept. The
+CPU kernels never hold one for more than a group of rows; on a GPU the activation's way there and
+back is one kernel each, and h is made again in backward.
 """
 
 from __future__ import annotations

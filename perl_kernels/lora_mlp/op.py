@@ -1,8 +1,8 @@
 """lora_mlp in the dispatcher: schema, fake, backends, autograd.
 
-Lists hold gate, up and down, in this order; `bias` may be empty instead. Only the CPU has kernels
-of its own here. Elsewhere the projections are the op `lora_linear`, whatever runs it, and the rest
-is plain torch: a GPU's matrix products leave little to win around them.
+Lists hold gate, up and down, in this order; `bias` may be empty instead. The CPU has kernels for
+the whole block. Elsewhere the projections are the op `lora_linear`, whatever runs it, and what
+stands between them is a Triton kernel each way, or plain torch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _forward(x, weight, bias, a, b, scale, activation, dropout_p, seed_x, seed_h
     (gate, up), s = torch.ops.perl_kernels.lora_linear(
         x, weight[:2], bias[:2], a[:2], b[:2], scale[:2], dropout_p, seed_x
     )
-    h = activate(gate, activation).mul_(up)
+    h = _gated(gate, up, activation)
     (y,), s_down = torch.ops.perl_kernels.lora_linear(
         h, weight[2:], bias[2:], a[2:], b[2:], scale[2:], dropout_p, seed_h
     )
@@ -97,14 +97,11 @@ def _backward(
             x, weight[:2], bias[:2], a[:2], b[:2], scale[:2], dropout_p, seed_x
         )[0]
     )
-    h = activate(gate, activation)
-    act = h.clone()
-    h.mul_(up)
+    h = _gated(gate, up, activation)
     dh, da_down, db_down = torch.ops.perl_kernels.lora_linear_backward(
         [dy], h, weight[2:], a[2:], b[2:], scale[2:], dropout_p, seed_h, s_down, True, need_dab
     )
-    dup = act.mul_(dh)
-    dgate = _through_activation(dh.mul_(up), gate, activation)
+    dgate, dup = _gated_backward(dh, gate, up, activation)
     dx, da, db = torch.ops.perl_kernels.lora_linear_backward(
         [dgate, dup], x, weight[:2], a[:2], b[:2], scale[:2], dropout_p, seed_x, s, need_dx,
         need_dab,
@@ -113,11 +110,26 @@ def _backward(
     return dx, [*da, *da_down], [*db, *db_down], dbias
 
 
-def _through_activation(d_act: Tensor, gate: Tensor, activation: str) -> Tensor:
-    """d_act * act'(gate)"""
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """h = act(gate) * up"""
+    if backend_of(gate) in ("triton", "cuda"):
+        from . import triton as kernels
+
+        return kernels.gated(gate, up, activation)
+    return activate(gate, activation).mul_(up)
+
+
+def _gated_backward(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dgate and dup; dh is used up."""
+    if backend_of(gate) in ("triton", "cuda"):
+        from . import triton as kernels
+
+        return kernels.gated_backward(dh, gate, up, activation)
+    dup = activate(gate, activation).mul_(dh)
+    d_act = dh.mul_(up)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(d_act, gate)
-    return torch.ops.aten.gelu_backward(d_act, gate, approximate="tanh")
+        return torch.ops.aten.silu_backward(d_act, gate), dup
+    return torch.ops.aten.gelu_backward(d_act, gate, approximate="tanh"), dup
 
 
 # ------------------------------------------------------------------------------------------------
