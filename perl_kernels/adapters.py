@@ -514,12 +514,12 @@ class _ActingAsNow:
         self._layers = layers
         self._inside = self._state()
 
-    def _state(self) -> list[tuple[str | None, bool]]:
-        return [(layer.active_adapter, layer.disabled) for layer in self._layers]
+    def _state(self) -> list[tuple[str | None, bool, Rows | None]]:
+        return [(layer.active_adapter, layer.disabled, layer.rows) for layer in self._layers]
 
-    def _restore(self, state: list[tuple[str | None, bool]]) -> None:
-        for layer, (active, disabled) in zip(self._layers, state, strict=True):
-            layer.active_adapter, layer.disabled = active, disabled
+    def _restore(self, state: list[tuple[str | None, bool, Rows | None]]) -> None:
+        for layer, acting in zip(self._layers, state, strict=True):
+            layer.active_adapter, layer.disabled, layer.rows = acting
 
     def __enter__(self) -> None:
         self._outside = self._state()
@@ -571,7 +571,8 @@ def adapters_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[
         with pk.adapters_per_row(model, ["policy", "policy", "value", None]):
             model(input_ids).logits ...
 
-    Under activation checkpointing call backward inside, where the forward pass is run again.
+    Under activation checkpointing call backward inside, where the forward pass is run again, or
+    give the checkpoints `checkpoint_contexts`.
 
     Args:
         names: of adapters; None, or "__base__" as PEFT writes it, for the base alone.

@@ -10,6 +10,7 @@ at most twice the largest of plain torch's plus a few roundings and one of the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,39 @@ def check_law(
     assert largest <= 2 * plain_largest + (8 + peak) * FLOOR[dtype], (
         f"{name}: largest difference {largest:.3g} from float64, plain torch {plain_largest:.3g}"
     )
+
+
+class Law:
+    """Collects the errors of many cases; `check` holds their geometric mean to plain torch's.
+
+    For results that are a handful of numbers, where plain torch is exact by luck in some case.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.floor = FLOOR[dtype]
+        self.ratios: dict[str, list[float]] = {}
+
+    def add(self, case: int, ours: dict, plain: dict, exact: dict, **scales: float) -> None:
+        assert ours.keys() == plain.keys() == exact.keys()
+        for name in exact:
+            (norm, largest), (plain_norm, plain_largest) = (
+                errors(found[name], exact[name], scales.get(name)) for found in (ours, plain)
+            )
+            said = f"case {case}, {name}: {norm:.3g} ({largest:.3g}) against float64, plain torch "
+            said += f"has {plain_norm:.3g} ({plain_largest:.3g})"
+            few = exact[name].numel() < 16  # these count in the mean alone
+            assert few or norm <= 4 * plain_norm + 4 * self.floor, said
+            # an element is rounded in proportion to itself, and one may be far larger than the RMS
+            _, peak = errors(torch.zeros_like(exact[name]), exact[name], scales.get(name))
+            assert few or largest <= 4 * plain_largest + (16 + peak) * self.floor, said
+            kind = name.rstrip("0123456789")
+            rounding = self.floor / 4
+            self.ratios.setdefault(kind, []).append((norm + rounding) / (plain_norm + rounding))
+
+    def check(self) -> None:
+        for name, ratios in self.ratios.items():
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            assert mean <= 1.1, f"{name}: {mean:.3f} of plain torch's error, {len(ratios)} cases"
 
 
 def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -9,7 +9,6 @@ have four times as much.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import subprocess
@@ -17,7 +16,7 @@ import sys
 
 import pytest
 import torch
-from _compare import FLOOR, check_law, doubled, errors
+from _compare import Law, check_law, doubled
 
 import perl_kernels as pk
 from perl_kernels import _dropout, _library
@@ -61,36 +60,6 @@ def laid_out(random_: random.Random, tensor: torch.Tensor) -> torch.Tensor:
 def cases(count: int) -> range:
     """All of them; under a capped instruction set, where the sweep runs once more, every third."""
     return range(0, count, 3 if os.environ.get("PERL_KERNELS_CPU_CAPABILITY") else 1)
-
-
-class Law:
-    """Collects the errors of every case of a sweep; `check` holds them to plain torch's."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.floor = FLOOR[dtype]
-        self.ratios: dict[str, list[float]] = {}
-
-    def add(self, case: int, ours: dict, plain: dict, exact: dict, **scales: float) -> None:
-        assert ours.keys() == plain.keys() == exact.keys()
-        for name in exact:
-            (norm, largest), (plain_norm, plain_largest) = (
-                errors(found[name], exact[name], scales.get(name)) for found in (ours, plain)
-            )
-            said = f"case {case}, {name}: {norm:.3g} ({largest:.3g}) against float64, plain torch "
-            said += f"has {plain_norm:.3g} ({plain_largest:.3g})"
-            few = exact[name].numel() < 16  # these count in the mean alone
-            assert few or norm <= 4 * plain_norm + 4 * self.floor, said
-            # an element is rounded in proportion to itself, and one may be far larger than the RMS
-            _, peak = errors(torch.zeros_like(exact[name]), exact[name], scales.get(name))
-            assert few or largest <= 4 * plain_largest + (16 + peak) * self.floor, said
-            kind = name.rstrip("0123456789")
-            rounding = self.floor / 4
-            self.ratios.setdefault(kind, []).append((norm + rounding) / (plain_norm + rounding))
-
-    def check(self) -> None:
-        for name, ratios in self.ratios.items():
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            assert mean <= 1.1, f"{name}: {mean:.3f} of plain torch's error, {len(ratios)} cases"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from _compare import check_bound, check_law, doubled, gathered
+from _compare import ROWS, Law, check_bound, check_law, doubled, gathered
 
 import perl_kernels as pk
 from perl_kernels.head import reference
@@ -142,7 +142,14 @@ def test_gradient_over_a_frozen_head(backend, of, spread, sizes, options, dtype)
             run(theirs, doubled(tensors), ref_hidden.double()),
         )
 
-    compare(*gathered(sample, min(n, v)), dtype)
+    rows = min(n, v)
+    if rows >= ROWS or dtype != torch.float32:
+        return compare(*gathered(sample, rows), dtype)
+    # one draw of a few rows may decide the norm of all: here the mean over draws is asked
+    law = Law(dtype)
+    for draw in range(-(-ROWS // rows)):
+        law.add(draw, *sample())
+    law.check()
 
 
 # Rank 1, odd ranks, a panel of columns and one more.
