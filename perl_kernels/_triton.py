@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._dropout import threshold_of
 from ._library import triton_interpreted
 
 # ------------------------------------------------------------------------------------------------
@@ -149,6 +150,11 @@ def precision(like: Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def rank_block(rank: int, most: int) -> int:
+    """The BLOCK_R of a kernel whose tile holds up to `most` ranks."""
+    return min(most, max(16, triton.next_power_of_2(rank)))
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -212,6 +218,11 @@ def keep(seed, rows, first_column, threshold, BLOCK_D: tl.constexpr):
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     numbers = tl.interleave(words & 0xFFFF, words >> 16)
     return numbers >= tl.cast(threshold, tl.uint32)
+
+
+def dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """seed, threshold and 1 / (1 - p), as `keep` wants them."""
+    return (seed, threshold_of(p), 1.0 / (1.0 - p)) if p > 0.0 else (None, 0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,16 +30,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .layers import is_linear
+from .layers import dimensions_of, is_linear
 from .lora_mlp import ACTIVATIONS, SAVE, LoRAProjection, lora_mlp
+from .lora_mlp.reference import activate
 from .rms_norm import CASTING_MODES, reference, rms_norm
 
 __all__ = ["lean_blocks"]
-
-_ACT = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
-assert tuple(_ACT) == ACTIVATIONS
 
 
 class GatedMLP(NamedTuple):
@@ -174,14 +171,9 @@ def _does_more(module: nn.Module) -> bool:
 
 def _candidates(linear: dict[str, nn.Module]) -> Iterator[GatedMLP]:
     for gate, up, down in permutations(linear):
-        features = [_features(linear[name]) for name in (gate, up, down)]
-        if features[0] == features[1] and features[0][1] == features[2][0]:
+        shapes = [dimensions_of(linear[name])[1:] for name in (gate, up, down)]  # (O, D)
+        if shapes[0] == shapes[1] and shapes[0][0] == shapes[2][1]:
             yield from (GatedMLP(gate, up, down, activation) for activation in ACTIVATIONS)
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs)"""
-    return tuple(layer.weight.shape[:: -1 if isinstance(layer, nn.Linear) else 1])
 
 
 def _is_proven(module: nn.Module, structure: GatedMLP) -> bool:
@@ -201,18 +193,24 @@ def _is_proven(module: nn.Module, structure: GatedMLP) -> bool:
     x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
     x = torch.cat([x, 100 * x])[None]  # the large ones meet any limit
     with torch.no_grad():
-        expected = down(_ACT[activation](gate(x)) * up(x))
+        expected = down(activate(gate(x), activation) * up(x))
         for training in (True, False):
             probe.training = training
-            try:
-                y = type(module).forward(probe, x)
-            except Exception:  # whatever it wants that a gated MLP does not have
-                return False
-            if not isinstance(y, Tensor) or y.shape != expected.shape:
-                return False
-            if not torch.allclose(y, expected, rtol=1e-9, atol=1e-9):
+            if not _gives(type(module), probe, x, expected, rtol=1e-9, atol=1e-9):
                 return False
     return True
+
+
+def _gives(
+    kind: type[nn.Module], probe: nn.Module, x: Tensor, expected: Tensor, **tolerance: float
+) -> bool:
+    """Whether the forward of `kind` makes of x what is expected, in its type and shape."""
+    try:
+        y = kind.forward(probe, x)
+    except Exception:  # whatever it wants that the structure does not have
+        return False
+    alike = isinstance(y, Tensor) and y.dtype == expected.dtype and y.shape == expected.shape
+    return alike and torch.allclose(y, expected, **tolerance)
 
 
 def rms_norm_of(module: nn.Module) -> RMSNorm | None:
@@ -241,12 +239,7 @@ def _is_proven_norm(module: nn.Module, features: int, structure: RMSNorm) -> boo
         for dtype in (torch.float32, torch.bfloat16):
             probe._parameters = {"weight": nn.Parameter(weight.to(dtype))}
             expected = reference.rms_norm(x.to(dtype), weight.to(dtype), **structure._asdict())
-            try:
-                y = type(module).forward(probe, x.to(dtype))
-            except Exception:  # whatever it wants that a norm does not have
-                return False
-            if not isinstance(y, Tensor) or y.dtype != dtype or y.shape != expected.shape:
-                return False
-            if not torch.allclose(y, expected, rtol=1e-6, atol=0.0):  # in 16 bits: equal
+            # in 16 bits: equal
+            if not _gives(type(module), probe, x.to(dtype), expected, rtol=1e-6, atol=0.0):
                 return False
     return True

@@ -77,7 +77,7 @@ def kept_bytes(model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(**inputs("Llama")).loss  # noqa: B018
+        model(**inputs("Llama"))
     return sum(size for size, _ in kept.values())
 
 

@@ -24,9 +24,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402 - behind importorskip
 
-from perl_kernels._tuned import Finding  # noqa: E402
+from perl_kernels._tuned import Finding  # noqa: E402 - behind importorskip
 
 ROOMS = ("lora_linear", "lora_mlp", "multi_lora_linear", "rms_norm", "head", "log_prob")
 TARGETS = {

@@ -39,13 +39,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._dropout import threshold_of
 from .._library import backend_of
 from .._triton import (
     Tile,
     add_product,
     at,
     dot,
+    dropout_arguments,
     has_descriptors,
     keep,
     multiprocessors,
@@ -53,6 +53,7 @@ from .._triton import (
     on_device_of,
     pinned,
     precision,
+    rank_block,
 )
 from .._tuned import Finding, finding
 
@@ -461,15 +462,6 @@ def _stack(a: list[Tensor], dtype: torch.dtype) -> Tensor:
     return (a[0] if len(a) == 1 else torch.cat(a)).to(dtype).contiguous()
 
 
-def _rank_block(rank: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(rank)))
-
-
-def _dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """seed, threshold and 1 / (1 - p), as `keep` wants them."""
-    return (seed, threshold_of(p), 1.0 / (1.0 - p)) if p > 0.0 else (None, 0, 1.0)
-
-
 def _sum(parts: Tensor, out: Tensor) -> None:
     """out = parts.sum(0), cast once. parts: (PARTS, rows, columns), slices of it contiguous."""
     if out.numel() == 0:
@@ -501,7 +493,7 @@ def _shrink(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if rows == 0:
         return s
     tile = pinned("lora_linear_shrink", x)
-    block_r = _rank_block(rank, SHRINK_RANK)
+    block_r = rank_block(rank, SHRINK_RANK)
     blocks = (triton.cdiv(rows, tile["BLOCK_N"]), triton.cdiv(rank, block_r))
     # few tokens: split the columns too, so that some 128 programs read x and a together; the
     # arithmetic of a mask keeps four times as many busy
@@ -512,7 +504,7 @@ def _shrink(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     splits = triton.cdiv(features, split_d)
     parts = s if splits == 1 else x.new_empty((splits, rows, rank), dtype=torch.float32)
     _lora_linear_shrink_kernel[(*blocks, splits)](
-        x, a, parts, *_dropout_arguments(p, seed), rows, features, rank, split_d, *x.stride(),
+        x, a, parts, *dropout_arguments(p, seed), rows, features, rank, split_d, *x.stride(),
         PRECISION=precision(x), BLOCK_R=block_r, **tile,
     )  # fmt: skip
     if splits > 1:
@@ -529,12 +521,12 @@ def _decode(
     y = x.new_empty(rows, outs)
     tile = tile or pinned("lora_linear_decode", x)
     block_n = min(64, max(16, triton.next_power_of_2(rows)))
-    dropout = _dropout_arguments(p if a is not None else 0.0, seed)
+    dropout = dropout_arguments(p if a is not None else 0.0, seed)
     _lora_linear_decode_kernel[(triton.cdiv(outs, tile["BLOCK_O"]), triton.cdiv(rows, block_n))](
         x, weight, bias, a, s, b, y, *dropout, scale,
         rows, features, outs, rank, *x.stride(), *weight.stride(),
         *((0, 0) if a is None else a.stride()), s.stride(0), *b.stride(),
-        PRECISION=precision(x), BLOCK_N=block_n, BLOCK_R=_rank_block(rank, 64), **tile,
+        PRECISION=precision(x), BLOCK_N=block_n, BLOCK_R=rank_block(rank, 64), **tile,
     )  # fmt: skip
     return y
 
@@ -567,12 +559,12 @@ def _fused(
         right_block = [block_k, block_c] if transposed else [block_c, block_k]
         blocks = ([block_n, block_k], right_block, [block_n, block_c // 2])
         operands = map(TensorDescriptor.from_tensor, (left, stored, out), blocks)
-    seed, threshold, kept_scale = _dropout_arguments(p, seed)
+    seed, threshold, kept_scale = dropout_arguments(p, seed)
     _lora_linear_fused_kernel[(programs,)](
         *operands, thin_left, thin_right, bias, seed, threshold, scale * kept_scale,
         rows, columns, features, rank, *left.stride(), *right.stride(), thin_left.stride(0),
         *thin_right.stride(), DESCRIPTORS=described, TRANSPOSED=transposed,
-        PRECISION=precision(left), BLOCK_R=_rank_block(rank, 32), **tile,
+        PRECISION=precision(left), BLOCK_R=rank_block(rank, 32), **tile,
     )  # fmt: skip
     return out
 
@@ -618,7 +610,7 @@ def _ds_db(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, db: Tenso
     _lora_linear_bwd_ds_db_kernel[(splits, o_blocks)](
         dy, b, s, ds_parts, db_parts, scale, rows, outs, rank,
         *dy.stride(), *b.stride(), s.stride(0),
-        PRECISION=precision(dy), BLOCK_R=_rank_block(rank, DS_DB_RANK), **tile,
+        PRECISION=precision(dy), BLOCK_R=rank_block(rank, DS_DB_RANK), **tile,
     )  # fmt: skip
     _sum(ds_parts, ds)
     if db is not None:
@@ -633,13 +625,13 @@ def _da(ds: Tensor, x: Tensor, p: float, seed: Tensor | None, da: list[Tensor]) 
         add_product(parts[0], ds.T, x)
     else:
         tile = pinned("lora_linear_bwd_da", x)
-        block_r = _rank_block(rank, DA_RANK)
+        block_r = rank_block(rank, DA_RANK)
         splits = max(1, triton.cdiv(rows, tile["SPLIT_N"]))
         parts = x.new_empty((splits, rank, features), dtype=torch.float32)
         # ranks first, so that what is read again is in the cache
         grid = (triton.cdiv(rank, block_r), splits, triton.cdiv(features, tile["BLOCK_D"]))
         _lora_linear_bwd_da_kernel[grid](
-            ds, x, parts, *_dropout_arguments(p, seed), rows, features, rank, *x.stride(),
+            ds, x, parts, *dropout_arguments(p, seed), rows, features, rank, *x.stride(),
             PRECISION=precision(x), BLOCK_R=block_r, **tile,
         )  # fmt: skip
     for part, out in zip(parts.split([t.shape[0] for t in da], dim=1), da, strict=True):
@@ -655,7 +647,7 @@ def _dx(ds: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     tile = pinned("lora_linear_bwd_dx", ds)
     grid = (triton.cdiv(rows, tile["BLOCK_N"]), triton.cdiv(features, tile["BLOCK_D"]))
     _lora_linear_bwd_dx_kernel[grid](
-        ds, a, dx, *_dropout_arguments(p, seed), rows, features, rank,
-        PRECISION=precision(ds), BLOCK_R=_rank_block(rank, 64), **tile,
+        ds, a, dx, *dropout_arguments(p, seed), rows, features, rank,
+        PRECISION=precision(ds), BLOCK_R=rank_block(rank, 64), **tile,
     )  # fmt: skip
     return dx

@@ -24,8 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dropout import threshold_of
-from .._triton import at, dot, keep, on_device_of, pinned, precision
+from .._triton import (
+    at,
+    dot,
+    dropout_arguments,
+    keep,
+    on_device_of,
+    pinned,
+    precision,
+    rank_block,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Segments
@@ -310,15 +318,6 @@ def _scaled(b: list[Tensor], scale: list[float], dtype: torch.dtype) -> Tensor:
     return _stacked([t.T for t in torch._foreach_mul(b, scale)], dtype)
 
 
-def _dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """seed, threshold and 1 / (1 - p), as `keep` wants them."""
-    return (seed, threshold_of(p), 1.0 / (1.0 - p)) if p > 0.0 else (None, 0, 1.0)
-
-
-def _rank_block(rank: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(rank)))
-
-
 def _groups(count: int) -> int:
     return triton.next_power_of_2(count + 1)
 
@@ -332,10 +331,10 @@ def _shrink(
     if rows == 0:
         return s
     tile = pinned("multi_lora_linear_shrink", x)
-    block_r = _rank_block(rank, 128)
+    block_r = rank_block(rank, 128)
     grid = (triton.cdiv(rows, tile["BLOCK_N"]) + count, triton.cdiv(rank, block_r))
     _multi_lora_linear_shrink_kernel[grid](
-        x, a, s, *segments, *_dropout_arguments(p, seed), features, rank, count, *x.stride(),
+        x, a, s, *segments, *dropout_arguments(p, seed), features, rank, count, *x.stride(),
         PRECISION=precision(x), BLOCK_R=block_r, GROUPS=_groups(count), **tile,
     )  # fmt: skip
     return s
@@ -352,8 +351,8 @@ def _expand(
     tile = pinned("multi_lora_linear_expand", s)
     grid = (triton.cdiv(rows, tile["BLOCK_N"]) + count, triton.cdiv(features, tile["BLOCK_D"]))
     _multi_lora_linear_expand_kernel[grid](
-        s, a, bias, x, *segments, *_dropout_arguments(p, seed), features, rank, count,
-        PRECISION=precision(s), BLOCK_R=_rank_block(rank, 64), GROUPS=_groups(count), **tile,
+        s, a, bias, x, *segments, *dropout_arguments(p, seed), features, rank, count,
+        PRECISION=precision(s), BLOCK_R=rank_block(rank, 64), GROUPS=_groups(count), **tile,
     )  # fmt: skip
     return x
 
@@ -365,12 +364,12 @@ def _reduce(
     """out_g (R_g, D) = scale_g * s^T drop(x) over the rows of adapter g"""
     (rows, features), rank, count = x.shape, s.shape[1], len(out)
     tile = pinned("multi_lora_linear_reduce", x)
-    block_r = _rank_block(rank, 64)
+    block_r = rank_block(rank, 64)
     chunks = triton.cdiv(rows, tile["SPLIT_N"]) + count
     parts = x.new_empty((chunks, rank, features), dtype=torch.float32)
     grid = (chunks, triton.cdiv(features, tile["BLOCK_D"]), triton.cdiv(rank, block_r))
     _multi_lora_linear_reduce_kernel[grid](
-        s, x, parts, *segments, *_dropout_arguments(p, seed), features, rank, count, *x.stride(),
+        s, x, parts, *segments, *dropout_arguments(p, seed), features, rank, count, *x.stride(),
         PRECISION=precision(x), BLOCK_R=block_r, GROUPS=_groups(count), **tile,
     )  # fmt: skip
     block = 1024
