@@ -118,7 +118,7 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif kind == list[str]:
-        settings.update(nargs="+", metavar="NAME")
+        settings.update(nargs="+", metavar=field.metadata["metavar"])
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]
