@@ -361,6 +361,43 @@ class DemoConfig(Config):
     )
 
 
+@dataclass(kw_only=True)
+class StudyConfig(Config):
+    """Reward models by LoRA of several ranks beside full tuning: quality, time and memory."""
+
+    task: Literal["reward"] = option(positional=True, help="what is trained: reward")
+    out: str = option(help="folder of the study; must not exist, or be empty")
+    preset: Literal["tiny", "quick", "cpu", "h200"] = option(
+        "cpu",
+        help="cpu: ranks, sizes and seeds within an hour on two cores; h200: step time and memory "
+        "of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the machinery",
+    )
+    data_folder: str | None = option(
+        None,
+        help="folder with data/ and models/ of real preferences; by default $PERL_SHARED, or "
+        "shared/ beside the checkout; without it the study is of the embedded world alone",
+    )
+    at_once: int = option(
+        2,
+        unit="processes",
+        at_least=1,
+        resumable=True,
+        help="runs at a time, one thread each, where only quality is told",
+    )
+    threads: int = option(
+        0,
+        unit="threads",
+        at_least=0,
+        resumable=True,
+        help="of a run whose time and memory are measured, one at a time; 0 leaves it to torch",
+    )
+    device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    cost: bool = option(
+        True, resumable=True, help="--no-cost leaves time and memory to a later --resume"
+    )
+    resume: bool = option(False, resumable=True, help="go on with what is not done yet")
+
+
 # ---------------------------------------------------------------------------------------------
 # Files and flags
 

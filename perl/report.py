@@ -110,7 +110,16 @@ class Reliability:
     count: Sequence[int]
 
 
-Drawing = Panel | Bars | Histogram | Reliability
+@dataclass(frozen=True)
+class Spread:
+    """A drawing of repeated measurements, label -> {group: values}: dots, a dash at their mean."""
+
+    title: str
+    unit: str
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+Drawing = Panel | Bars | Histogram | Reliability | Spread
 
 
 def write_run_report(run_folder: str | Path) -> Path:
@@ -201,6 +210,26 @@ def phase_cost(run_folder: str | Path) -> dict[str, float]:
     _, peaks = _line(rows, "peak_memory_bytes", 1e-6)
     cost = {"step_ms": statistics.median(times)} if times else {}
     return cost | ({"peak_mb": max(peaks)} if peaks else {})
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns, all but the first to the right; the keys of the first row are the heads."""
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    first = next(iter(widths))
+    return "\n".join(
+        "  ".join(
+            row[key].ljust(width) if key == first else row[key].rjust(width)
+            for key, width in widths.items()
+        )
+        for row in [{key: key for key in widths}, *rows]
+    )
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same in Markdown."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    lines = [rows[0].keys(), rule, *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run_samples(run_folder: str | Path) -> list[Sample]:
@@ -524,8 +553,44 @@ def _drawings(png: Path, drawings: Sequence[Drawing]) -> str:
     return f'{note}<div class="drawings">{"".join(pictures)}</div>'
 
 
+def write_figure(path: Path, drawings: Sequence[Drawing], columns: int = 3) -> None:
+    """Writes the drawings as one SVG file, light or dark as the page that shows it.
+
+    Raises:
+        UsageError: matplotlib is not there.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the figure needs matplotlib: pip install matplotlib") from None
+    rows = math.ceil(len(drawings) / columns)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": path.name}):
+        size = (_SIZE[0] * min(columns, len(drawings)), _SIZE[1] * rows)
+        whole, svg = Figure(figsize=size, layout="constrained"), io.StringIO()
+        places = whole.subfigures(rows, min(columns, len(drawings)), squeeze=False).flat
+        for drawing, place in zip(drawings, places, strict=False):
+            _draw(drawing, place)
+        whole.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue()
+    for colour in _DARK:
+        text = text.replace(colour, f"var({_variable(colour)})")
+    light, dark = _colours()
+    style = (
+        f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    )
+    head = text.index(">", text.index("<svg")) + 1
+    path.write_text(f"{text[:head]}{style}</style>{text[head:]}", encoding="utf-8")
+
+
+def _colours() -> tuple[str, str]:
+    """The CSS variables of both schemes, light and dark."""
+    light = "".join(f"{_variable(colour)}:{colour};" for colour in _DARK)
+    return light, "".join(f"{_variable(colour)}:{other};" for colour, other in _DARK.items())
+
+
 def _points(drawing: Drawing) -> list[Any]:
-    if isinstance(drawing, Bars):
+    if isinstance(drawing, Bars | Spread):
         return list(drawing.values.values())
     if isinstance(drawing, Histogram):
         return list(drawing.counts.values())
@@ -545,6 +610,7 @@ def _draw(drawing: Drawing, figure: Any) -> None:
         Bars: _draw_bars,
         Histogram: _draw_histogram,
         Reliability: _draw_reliability,
+        Spread: _draw_spread,
     }[type(drawing)]
     labels = draw(drawing, axes)
     if labels > 1:
@@ -620,6 +686,29 @@ def _draw_reliability(reliability: Reliability, axes: Any) -> int:
     axes.set_xlabel("probability that the scores say")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     return 1
+
+
+def _draw_spread(spread: Spread, axes: Any) -> int:
+    """The labels of a group side by side; returns their number."""
+    groups = list(dict.fromkeys(group for values in spread.values.values() for group in values))
+    width = 0.8 / len(spread.values)
+    for i, (colour, (label, values)) in enumerate(
+        zip(cycle(_COLOURS), spread.values.items(), strict=False)
+    ):
+        places = [groups.index(group) - 0.4 + (i + 0.5) * width for group in values]
+        means = [statistics.fmean(repeated) for repeated in values.values()]
+        axes.hlines(
+            means, [x - 0.4 * width for x in places], [x + 0.4 * width for x in places],
+            colors=colour, linewidth=1.8, label=label,
+        )  # fmt: skip
+        dots = [
+            (x, y) for x, repeated in zip(places, values.values(), strict=True) for y in repeated
+        ]
+        axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3, alpha=0.5)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.12)
+    return len(spread.values)
 
 
 def _inline(svg: str, prefix: str, name: str) -> str:
@@ -716,8 +805,7 @@ def _write(
     parts = [f"<h1>{_shown(title)}</h1>"]
     parts += [f"<p>{_shown(note)}</p>" for note in notes]
     parts += [f"<section><h2>{head}</h2>{body}</section>" for head, body in sections if body]
-    light = "".join(f"{_variable(colour)}:{colour};" for colour in _DARK)
-    dark = "".join(f"{_variable(colour)}:{other};" for colour, other in _DARK.items())
+    light, dark = _colours()
     page = _PAGE.format(
         title=_shown(title), light=light, dark=dark, css=_CSS, body="\n".join(parts)
     )
