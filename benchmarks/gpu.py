@@ -48,6 +48,9 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_mlp", "forward + backward", {}),
     ("lora_mlp", "forward + backward, dropout 0.1", {}),
     ("log_prob", "kl, forward + backward", {}),
+    ("linear_kl", "forward + backward", {"V": 131072}),
+    ("head_rows", "with gradient", {}),
+    ("head_rows", "with gradient, exact KL", {}),
     ("lora_linear_parts", "shrink", {"N": 8192, "R": 16}),
     ("lora_linear_parts", "ds and db", {"O": 4096, "R": 16}),
     ("lora_linear_parts", "shrink, dropout 0.1", {}),
@@ -214,6 +217,7 @@ def line(row: Row) -> str:
     for name, share in row.measures.items():
         if name.startswith("share_of_copy_bandwidth"):
             parts.append(f"{share:.0%} of copy{name.removeprefix('share_of_copy_bandwidth')}")
+    parts += [f"{share:.1%} {name}" for name, share in row.measures.items() if "moved" in name]
     if "ours" in row.memory:
         parts.append(f"{report.mebibytes(row.memory['ours'])} MiB")
     parts += [f"{found['ratio']:.2f} × {name}" for name, found in row.contestants.items()]
