@@ -1,8 +1,10 @@
 """One training step of a reward model: LoRA by this library, LoRA by PEFT, and full tuning.
 
-    ours   transformers' Llama with a scalar head, pk.apply_lora on all linear layers
-    peft   the same by PEFT, adapters in the type of the base (its fastest form)
-    full   the same model with every weight trained, as transformers runs it eagerly
+    ours        transformers' Llama with a scalar head, pk.apply_lora on all linear layers; on a CPU
+                with pk.use_cpu_pool()
+    peft        the same by PEFT, adapters in the type of the base (its fastest form)
+    full        the same model with every weight trained, as transformers runs it eagerly
+    full, pool  that with pk.use_cpu_pool()
 
 A step is forward, Bradley-Terry loss over pairs of rows, backward, AdamW. Each contestant lives in
 a process of its own, whose peak memory is told, and they take turns step by step.
@@ -10,8 +12,9 @@ a process of its own, whose peak memory is told, and they take turns step by ste
 The same step inside TRL's RewardTrainer, whose train() runs unchanged and waits in a callback for
 its turn:
 
-    ours   PEFT's model after pk.accelerate_peft(model), the one line that differs
-    trl    PEFT's model
+    ours        PEFT's model after pk.accelerate_peft(model), the one line that differs
+    ours, pool  that with pk.use_cpu_pool()
+    trl         PEFT's model
 
 on the same tokens, the same rows without padding. What a RewardTrainer does otherwise than the
 loop above is in both: its data loader and metrics, clipped gradients, the fused AdamW with a
@@ -58,6 +61,12 @@ ROOM = "reward_step"
 STEP, TRL = "step", "step in TRL's RewardTrainer"
 CHECKPOINTED = f"{TRL}, checkpointing"
 CHECKS = {"h200": [STEP], "tiny": [STEP, CHECKPOINTED]}  # by preset; the others have all
+POOL = ", pool"
+CONTESTANTS = {
+    STEP: (OURS, "full", f"full{POOL}", "peft"),
+    TRL: (OURS, f"{OURS}{POOL}", "trl"),
+    CHECKPOINTED: (OURS, f"{OURS}{POOL}", "trl"),
+}
 SHAPES = {
     # 81 million parameters; at the smaller ones overheads weigh more
     "full": {"B": 16, "T": 256, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
@@ -96,7 +105,9 @@ def measure_step(
     Raises:
         AssertionError: gradients of ours are further from float64 than PEFT's by more than half.
     """
-    names, missing = [OURS, "full", "peft"] if case.check == STEP else [OURS, "trl"], {}
+    names, missing = list(CONTESTANTS[case.check]), {}
+    if case.device != "cpu":
+        names = [name for name in names if not name.endswith(POOL)]
     if find_spec("peft") is None:
         names.remove("peft")
         missing["peft"] = "peft is not installed"
@@ -173,15 +184,19 @@ class _Remote:
 
 def _serve(connection: Any, name: str, case: Case, threads: int) -> None:
     torch.set_num_threads(threads)
-    model = build(name, case)
+    if name.endswith(POOL) or (name, case.check, case.device) == (OURS, STEP, "cpu"):
+        pk.use_cpu_pool()
+    model = build(name.removesuffix(POOL), case)
+    compared = name in (OURS, CONTESTANTS[case.check][-1]) or not find_spec("peft")
     connection.send(
         {
-            "error": gradient_error(model, case) if name != "full" or not find_spec("peft") else 0,
+            "error": gradient_error(model, case) if compared else 0,
             "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_new(n)),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     )
-    give_back_freed()  # the float64 copy, which `full` did not make
+    give_back_freed()  # the float64 copy, which not all have made
+    pk.empty_cpu_pool()
     train = train_by_hand if case.check == STEP else train_by_trl
     with PeakMemory(case.device) as peak:
         train(model, case, _Turns(connection, peak))
