@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from perl.data import (
     Pair,
     encode_labelled,
     encode_pairs,
+    file_and_weight,
     load_files,
     note_empty,
     padding,
@@ -170,6 +172,12 @@ def check_held_out(config: RewardConfig, examples: Encoded, held_out: Encoded) -
         raise UsageError(
             f"--data {' '.join(config.data)} and --validation {config.validation} hold "
             "different kinds of rows; give pairs in both, or labels in both"
+        )
+    trained_on = {Path(file_and_weight(word)[0]).resolve() for word in config.data}
+    if Path(config.validation).resolve() in trained_on:
+        raise UsageError(
+            f"--validation {config.validation} is a training file too, so nothing in it is held "
+            "out; give rows that --data has not"
         )
     pairs = isinstance(held_out[0], Pair)
     if not pairs and len({row.label > 0.5 for row in held_out}) == 1:
