@@ -8,9 +8,10 @@ Both answers of a pair go through the model in one pass. Validation measures whe
 are told apart, by how much, and whether σ is the probability that it claims to be
 (`perl.reward`); the checkpoint that is best by --best-metric becomes the result.
 
-Left out: packing several rows into one sequence. Rows of like length share a batch instead, and
-what is still padded, logged as "padding", is a few hundredths of the tokens; packed rows would
-want attention masks that the fast attention kernels do not take.
+Left out: packing several rows into one sequence. Rows of like length share a batch instead; the
+share of padding that is left, logged as "padding", is 0.02 to 0.03 for the labelled rows of
+Taskmaster Coffee and 0.12 for pairs, whose two answers differ in length. Packed rows would want a
+block-diagonal attention mask in every family of models, for less than that.
 """
 
 from __future__ import annotations
