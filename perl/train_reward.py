@@ -11,7 +11,7 @@ are told apart, by how much, and whether σ is the probability that it claims to
 Left out: packing several rows into one sequence. Rows of like length share a batch instead; the
 share of padding that is left, logged as "padding", is 0.02 to 0.03 for the labelled rows of
 Taskmaster Coffee and 0.12 for pairs, whose two answers differ in length. Packed rows would want a
-block-diagonal attention mask in every family of models, for less than that.
+block-diagonal attention mask in every family of models: too much for so little.
 """
 
 from __future__ import annotations
