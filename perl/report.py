@@ -614,7 +614,9 @@ def _draw(drawing: Drawing, figure: Any) -> None:
     }[type(drawing)]
     labels = draw(drawing, axes)
     if labels > 1:
-        figure.legend(loc="outside lower center", ncols=min(labels, 4), handlelength=1.2)
+        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+        columns = min(labels, 4, max(1, 48 // (longest + 4)))  # as many as are no wider than axes
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=1.2)
 
 
 def _draw_lines(panel: Panel, axes: Any) -> int:
