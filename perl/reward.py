@@ -105,7 +105,14 @@ def reward_figures(
     batch_size: int,
 ) -> dict[str, float]:
     """Loss with accuracy (pairs), or with accuracy, balanced_accuracy and auc (labels)."""
-    scores = score_all(backbone, role, sequences(examples), batch_size)
+    return figures_of_scores(score_all(backbone, role, sequences(examples), batch_size), examples)
+
+
+def figures_of_scores(
+    scores: Tensor,  # (N,), in the order of `sequences(examples)`
+    examples: Sequence[Pair] | Sequence[Labelled],
+) -> dict[str, float]:
+    """`reward_figures` of scores that exist."""
     if isinstance(examples[0], Pair):
         chosen, rejected = scores.view(2, -1)
         loss = bradley_terry_loss(chosen, rejected).mean().item()
