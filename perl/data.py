@@ -48,6 +48,10 @@ class Rows(list):
         self.places = list(places)
         self.notes = list(notes)
 
+    def first(self, count: int) -> Rows:
+        """The first `count` rows; 0: all."""
+        return Rows(self[:count], self.places[:count], self.notes) if count else self
+
 
 # ---------------------------------------------------------------------------------------------
 # Reading

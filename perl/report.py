@@ -346,6 +346,11 @@ _GAP = _Curve(
 _ENTROPY = _Curve("Entropy", "nats per token", {"entropy": "training"})
 _CURVES = (
     _REWARD,
+    _Curve(
+        "Spread of the reward",
+        "score",
+        {"reward_std": "between answers", "disagreement": "between reward models"},
+    ),
     _KL,
     _LOSS,
     _Curve("Perplexity", "", {"validation_perplexity": "held out"}),
