@@ -20,6 +20,7 @@ DROPOUT = f"{TRAIN}, dropout 0.1"
 PROJECTIONS = f"q, k, v together, {DROPOUT}"
 ONE_TOKEN = "one token, forward"
 POLICY_KL = f"{TRAIN}, exact KL"
+ONE_LENGTH, ENDING = "answers of one length", "answers that end"
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ BARS: list[Bar] = [
     _cpu("reward_step", "step", "", "memory ours/full", "<=", 0.50, 0.35),
     _cpu("reward_step", "step", "bf16", "ours/peft", "<=", 0.45, 0.38),
     _cpu("reward_step", "step", "bf16", "memory ours/peft", "<=", 0.42, 0.33),
+    _cpu("rollout", ONE_LENGTH, "", "transformers/ours", ">=", 1.5),
+    _cpu("rollout", ENDING, "", "transformers/ours", ">=", 1.5),
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -222,4 +225,6 @@ BARS += [
     ),
     _gpu("reward_step", "step", "full/ours", ">=", 1.6),
     _gpu("reward_step", "step", "memory ours/full", "<=", 0.35),
+    _gpu("rollout", ONE_LENGTH, "transformers/ours", ">=", 2.0),
+    _gpu("rollout", ENDING, "transformers/ours", ">=", 2.0),
 ]  # fmt: skip

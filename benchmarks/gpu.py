@@ -55,11 +55,16 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_linear", "forward + backward, compiled", {}),
     ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
+    ("rollout", "answers of one length", {}),
     ("linear_log_prob", "forward + backward, compiled", {}),
     ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
-LEFT = {"reward_step": 100.0, "": 15.0}  # seconds, by room; with less left no case is begun
+LEFT = {
+    "reward_step": 100.0,
+    "rollout": 150.0,
+    "": 15.0,
+}  # seconds, by room; with less left no case is begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

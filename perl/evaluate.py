@@ -34,10 +34,9 @@ from perl.data import (
     row_kind,
 )
 from perl.reward import load_reward_function, reward_figures, score_all
-from perl.rollout import Rollout
 from perl.rollout import generate as sample
 from perl.run import role_folder
-from perl.training import by_length, language_figures, length_limit, open_backbone
+from perl.training import language_figures, length_limit, open_backbone
 
 # ---------------------------------------------------------------------------------------------
 # evaluate
@@ -144,27 +143,17 @@ def _answers(
         truncate_prompts=config.truncate_prompts,
         drop_long=getattr(config, "drop_long", False),
     )
-    answers: list[list[int]] = [[] for _ in prompts]
-    for group in by_length(prompts, config.batch_size):
-        rollout = sample(
-            backbone,
-            role,
-            [prompts[i] for i in group],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=getattr(config, "top_k", 0),
-            top_p=getattr(config, "top_p", 1.0),
-        )
-        for i, answer in zip(group, _real_tokens(rollout), strict=True):
-            answers[i] = answer
-    return prompts, prompts.rows, answers
-
-
-def _real_tokens(rollout: Rollout) -> list[list[int]]:
-    return [
-        ids[mask].tolist()
-        for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-    ]
+    rollout = sample(
+        backbone,
+        role,
+        list(prompts),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=getattr(config, "top_k", 0),
+        top_p=getattr(config, "top_p", 1.0),
+        batch_size=config.batch_size,
+    )
+    return prompts, prompts.rows, rollout.answers()
 
 
 def _policy(config: EvaluateConfig | GenerateConfig) -> tuple[Backbone, str | None]:
