@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": (cfg.GenerateConfig, "perl.evaluate:generate", "answers for prompts"),
     "merge": (cfg.MergeConfig, "perl.evaluate:merge", "fold an adapter into its base"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
+    "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
 }
 
@@ -59,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             _add_flag(command, field, hints[field.name])
+        if issubclass(cls, cfg.TrainConfig):
+            command.add_argument(
+                "--sweep",
+                nargs="+",
+                metavar="FLAG=VALUE,VALUE",
+                default=argparse.SUPPRESS,
+                help="a run for every combination of these values (lr=1e-4,3e-4 lora_rank=4,16), "
+                "one after another in folders of --out; which was best on --validation",
+            )
     return parser
 
 
@@ -69,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         flags = vars(build_parser().parse_args(argv))
-        cls, target, _ = COMMANDS[flags.pop("command")]
+        name = flags.pop("command")
+        cls, target, _ = COMMANDS[name]
+        if "sweep" in flags:
+            from perl import sweep
+
+            print(json.dumps(sweep.run(name, cls, flags)))
+            return 0
         config = cfg.load(cls, flags, config_file=flags.pop("config", None))
         module, function = target.split(":")
         result = getattr(importlib.import_module(module), function)(config)
@@ -118,7 +134,7 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif kind == list[str]:
-        settings.update(nargs="+", metavar="NAME")
+        settings.update(nargs="+", metavar=field.metadata["metavar"])
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]
