@@ -273,6 +273,12 @@ class ReinforceConfig(TrainConfig):
         "value", help="what is subtracted from the return"
     )
     whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    importance_cap: float | None = option(
+        None,
+        at_least=1,
+        help="weigh each token by pi / pi_sampled, at most this much (truncated importance "
+        "sampling); default: not at all",
+    )
     value_lr: float | None = option(
         None, above=0, help="learning rate of the value model; default as --lr"
     )
