@@ -69,27 +69,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         flags = vars(build_parser().parse_args(argv))
-        cls, target, _ = COMMANDS[flags.pop("command")]
+        command = flags.pop("command")
+        cls, target, _ = COMMANDS[command]
+        several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if several and not issubclass(cls, cfg.TrainConfig):
+            raise UsageError(f"torchrun is for training; run `python -m perl {command}` without it")
         config = cfg.load(cls, flags, config_file=flags.pop("config", None))
         module, function = target.split(":")
         result = getattr(importlib.import_module(module), function)(config)
-        if isinstance(result, dict):
-            print(json.dumps(result))
-        _report(config)
+        if os.environ.get("RANK", "0") == "0":
+            if isinstance(result, dict):
+                print(json.dumps(result))
+            _report(config)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except cfg.Stopped as stop:
-        _report(config)
-        print(f"stopped: {stop}", file=sys.stderr)
+        if _speaks():
+            _report(config)
+            print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped: Ctrl-C", file=sys.stderr)
+        if _speaks():
+            print("stopped: Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if _speaks():
+            raise
+        return 1
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process says why it stops: alone, or the first of torchrun's to fail."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    from perl import distributed
+
+    return distributed.first_to_fail()
 
 
 def _report(config: cfg.Config) -> None:

@@ -50,12 +50,14 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    draws: Tensor | None = None,  # (B, max_new_tokens) float64 in [0, 1)
 ) -> Rollout:
     """Answers of at most `max_new_tokens` tokens under a role (None: the reference).
 
     temperature: divides the logits; 0 takes the likeliest token. top_k, top_p: draw among the k
     likeliest tokens, and among the likeliest that together hold the mass p; 0 and 1.0 are off.
-    generator: on the backbone's device; its state alone decides the draws.
+    generator: on the backbone's device; its state alone decides the draws. draws: in its place,
+    where a process answers some rows of what several together draw with `draw`.
 
     `log_prob` is log π(token) of the policy that learns: with temperature applied, before top-k and
     top-p cut its tail, as `pk.policy_loss` computes it again. At temperature 0 it is that of
@@ -66,6 +68,8 @@ def generate(
     """
     _check(backbone, prompts, max_new_tokens, temperature, top_k, top_p)
     device, tokenizer = backbone.device, backbone.tokenizer
+    if draws is None:
+        draws = draw(len(prompts), max_new_tokens, device, generator)
     input_ids, mask = (t.to(device) for t in pad(prompts, tokenizer.pad_token_id, left=True))
     head, cache = backbone.head(role), DynamicCache(config=backbone.config)
     tokens, log_probs, counted = [], [], []
@@ -74,14 +78,14 @@ def generate(
     while True:
         hidden = backbone.hidden(role, new, mask, cache=cache)[:, -1]
         logits = _logits(hidden, head) / (temperature or 1.0)
-        token = _draw(logits, temperature == 0, top_k, top_p, generator)
+        token = _draw(logits, temperature == 0, top_k, top_p, draws[:, len(tokens)])
         token = token.masked_fill(~going, tokenizer.pad_token_id)
         log_prob = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
         tokens.append(token)
         log_probs.append(log_prob.masked_fill(~going, 0.0))
         counted.append(going)
         going = going & (token != tokenizer.eos_token_id)
-        if len(tokens) == max_new_tokens or not going.any():
+        if len(tokens) == max_new_tokens or not backbone.any_process(going.any()):
             break
         new, mask = token[:, None], torch.cat([mask, counted[-1][:, None].long()], dim=1)
     completion_ids, completion_mask = torch.stack(tokens, 1), torch.stack(counted, 1)
@@ -96,6 +100,13 @@ def generate(
     )
 
 
+def draw(
+    rows: int, tokens: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:  # (rows, tokens) float64 in [0, 1)
+    """The numbers that decide so many tokens of so many answers."""
+    return torch.rand(rows, tokens, dtype=torch.float64, device=device, generator=generator)
+
+
 def _logits(hidden: Tensor, head: Head) -> Tensor:  # (B, H) -> (B, V) float32
     logits = F.linear(hidden, head.weight, head.bias).float()
     if head.a is not None:
@@ -108,12 +119,13 @@ def _draw(
     greedy: bool,
     top_k: int,
     top_p: float,
-    generator: torch.Generator | None,
+    draws: Tensor,  # (B,) float64 in [0, 1)
 ) -> Tensor:  # (B,)
+    """The token at which the probabilities of it and those before it first exceed the draw."""
     if greedy:
         return logits.argmax(-1)
-    probs = truncate(logits.softmax(-1), top_k, top_p)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    mass = truncate(logits.softmax(-1), top_k, top_p).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True).squeeze(-1)
 
 
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perl import distributed
 from perl.backbone import Backbone
 from perl.config import RewardConfig, UsageError
 from perl.data import (
@@ -42,15 +43,17 @@ from perl.run import Run
 from perl.training import (
     Timer,
     add_role,
+    begin,
     length_limit,
     lora_config,
     make_optimizer,
     micro_batches,
     open_backbone,
-    restore,
+    peak_memory,
     rows_per_pass,
     save,
     say_notes,
+    shard,
 )
 
 
@@ -66,23 +69,25 @@ def train(config: RewardConfig) -> dict[str, Any]:
     weights = label_weights(config, examples)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "reward", checkpoint, scalar=True)
+    shard(config, backbone)
     optimizer = make_optimizer(config, backbone, "reward", config.lr)
     batches = Batches(examples, config.batch_size, config.seed)
-    if checkpoint:
-        restore(checkpoint, {"reward": optimizer}, batches)
+    begin(config, checkpoint, {"reward": optimizer}, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
         say_notes(run, config.data, examples)
         for step in run.steps(config.steps, "reward"):
             timer, batch = Timer(backbone.device), next(batches)
+            mine = distributed.share(batch)
 
             loss = right = 0.0
-            for rows in micro_batches(config.micro_batch_size, len(batch)):
-                losses, correct = batch_loss(backbone, batch[rows], weights)
+            for rows in micro_batches(config.micro_batch_size, len(mine)):
+                losses, correct = batch_loss(backbone, mine[rows], weights)
                 part = losses.sum() / len(batch)
                 part.backward()
                 loss, right = loss + part.item(), right + correct.sum().item()
+            loss, right = distributed.total(loss), distributed.total(right)
             grad_norm = optimizer.clip()
             run.check_finite(step, loss=loss, grad_norm=grad_norm)
             optimizer.step(step)
@@ -95,7 +100,7 @@ def train(config: RewardConfig) -> dict[str, Any]:
                 "tokens": tokens,
                 "tokens_per_s": tokens / step_s,
                 "step_s": step_s,
-                "peak_memory_bytes": peak.read(),
+                **peak_memory(peak),
             }
             last, score = step == config.steps, None
             if held_out and (step % config.validate_every == 0 or last):
