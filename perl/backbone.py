@@ -50,6 +50,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import perl_kernels as pk
+from perl import distributed
 from perl.config import UsageError
 from perl.run import role_folder
 
@@ -112,6 +113,7 @@ class Backbone:
         self._roles: dict[str, _Role] = {}
         self._layers: dict[nn.Module, list[pk.LoRALayer]] = {}  # of each model in use
         self.device = next(model.parameters()).device
+        self.sharded = False
         model.eval().requires_grad_(False)
         if tuning == "lora":
             pk.lean_blocks(model)
@@ -220,11 +222,17 @@ class Backbone:
         SEQ_CLS adapter with its head as the module `score`, so PEFT loads it on
         `AutoModelForSequenceClassification(num_labels=1)`.
         Full tuning: a plain transformers folder with the tokenizer.
+        Of several processes all call this, and the first one writes.
         """
-        role, folder = self._roles[name], Path(folder)
+        role, folder, state = self._roles[name], Path(folder), None
+        if role.adapter is None and self.sharded:
+            state = role.model.state_dict()
+            state = {key: distributed.whole_on_first(value) for key, value in state.items()}
+        if not distributed.is_first():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if role.adapter is None:
-            role.model.save_pretrained(folder)
+            role.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
             return
         score = {} if role.score is None else {"score.weight": role.score.weight}
@@ -341,6 +349,32 @@ class Backbone:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * (attention_mask != 0)).argmax(-1)
         return self._score(role, hidden[torch.arange(len(last), device=last.device), last])
+
+    # ---------------------------------------------------------------------------------- sharding
+
+    def shard(self, device: torch.device | str) -> None:
+        """Spreads the models over the processes (`perl.distributed.shard`), on that device.
+
+        When all roles are there, and before optimizers take their parameters. Adapters, LM heads
+        and scalar heads stay whole.
+        """
+        self.device, self.sharded = torch.device(device), True
+        roles = list(self._roles.values())
+        models = [role.model for role in roles] + [self.model] * self._reference
+        for model in dict.fromkeys(models):
+            output = model.get_output_embeddings()
+            keep = [] if output is None else list(output.parameters())  # the embedding's, if tied
+            for role in roles:
+                if role.model is model and role.adapter is not None:
+                    keep += [parameter for _, parameter in _parameters(role)]
+            distributed.shard(model, self.device, keep)
+        for role in roles:
+            if role.score is not None:
+                role.score.to(self.device)
+
+    def any_process(self, flag: bool) -> bool:
+        """The flag; sharded, whether any process has it set: all have to make the same passes."""
+        return distributed.total(flag) > 0 if self.sharded else flag
 
     # ---------------------------------------------------------------------------------- private
 

@@ -83,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = vars(build_parser().parse_args(argv))
         name = flags.pop("command")
         cls, target, _ = COMMANDS[name]
+        several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if several and ("sweep" in flags or not issubclass(cls, cfg.TrainConfig)):
+            what = f"perl {name}" + " --sweep" * ("sweep" in flags)
+            raise UsageError(f"torchrun is for training; run `python -m {what}` without it")
         if "sweep" in flags:
             from perl import sweep
 
@@ -91,23 +95,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = cfg.load(cls, flags, config_file=flags.pop("config", None))
         module, function = target.split(":")
         result = getattr(importlib.import_module(module), function)(config)
-        if isinstance(result, dict):
-            print(json.dumps(result))
-        _report(config)
+        if os.environ.get("RANK", "0") == "0":
+            if isinstance(result, dict):
+                print(json.dumps(result))
+            _report(config)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except cfg.Stopped as stop:
-        _report(config)
-        print(f"stopped: {stop}", file=sys.stderr)
+        if _speaks():
+            _report(config)
+            print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped: Ctrl-C", file=sys.stderr)
+        if _speaks():
+            print("stopped: Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if _speaks():
+            raise
+        return 1
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process says why it stops: alone, or the first of torchrun's to fail."""
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    from perl import distributed
+
+    return distributed.first_to_fail()
 
 
 def _report(config: cfg.Config) -> None:

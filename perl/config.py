@@ -171,6 +171,12 @@ class TrainConfig(ModelConfig):
         help="rows per forward pass; gradients accumulate over the "
         "batch; 0 = the whole batch at once",
     )
+    shard: bool = option(
+        False,
+        resumable=True,
+        help="under torchrun: spread the model's blocks over the processes (FSDP2) in place of "
+        "a copy in each",
+    )
     max_tokens: int = option(
         0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
     )

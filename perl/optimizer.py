@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from perl import distributed
 from perl.config import UsageError
 
 
@@ -33,13 +34,22 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.lr, self.steps, self.schedule = lr, steps, schedule
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, weight_decay=weight_decay, fused=True
-        )
+        # one call of AdamW's kernels takes sharded tensors or others, not both
+        sharded = [p for p in self.parameters.values() if distributed.is_sharded(p)]
+        others = [p for p in self.parameters.values() if not distributed.is_sharded(p)]
+        groups = [{"params": group} for group in (others, sharded) if group]
+        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def clip(self) -> float:
-        """Scales gradients down to `max_grad_norm` and returns their norm before that."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        """Scales gradients down to `max_grad_norm` and returns their norm before that.
+
+        Of several processes they are summed first, so the norm is that of the whole batch.
+        """
+        distributed.sum_gradients(self.parameters.values())
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = distributed.norm(gradients)
+        for group in self.adamw.param_groups:
+            nn.utils.clip_grads_with_norm_(group["params"], self.max_grad_norm, norm)
         return norm.item()
 
     def step(self, step: int) -> None:
@@ -60,9 +70,9 @@ class Optimizer:
         return self.lr * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name, ready for safetensors."""
+        """Moments and step counts by parameter name, ready for safetensors (on rank 0)."""
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": distributed.whole_on_first(value)
             for name, parameter in self.parameters.items()
             for key, value in self.adamw.state[parameter].items()
         }
@@ -81,5 +91,8 @@ class Optimizer:
                     "belongs to another model or rank"
                 )
             self.adamw.state[parameter] = {
-                key: tensor.to(parameter.device) for key, tensor in moments.items()
+                key: tensor.to(parameter.device)
+                if tensor.dim() == 0
+                else distributed.as_part_of(tensor, parameter)
+                for key, tensor in moments.items()
             }

@@ -9,13 +9,16 @@
     loss = Σ_t (Z_t − V_ψ(s_t))²                                           value_loss
 
 `mask` (B, T) is True at answer tokens, the end-of-sequence token included; what stands elsewhere
-in the inputs is not read, and the outputs are 0 there.
+in the inputs is not read, and the outputs are 0 there. Means over a batch are over all of it, where
+several processes have rows of it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from perl import distributed
 
 
 def last_token(mask: Tensor) -> Tensor:  # (B, T) -> (B, T) bool
@@ -62,9 +65,9 @@ def advantages(
     advantage = (returns - baseline).detach().masked_fill(~mask.bool(), 0.0)
     if not whiten:
         return advantage
-    counted = advantage[mask.bool()]
-    scale = counted.std(unbiased=False) + 1e-8
-    return ((advantage - counted.mean()) / scale).masked_fill(~mask.bool(), 0.0)
+    mean = masked_mean(advantage, mask)
+    scale = masked_mean((advantage - mean).square(), mask) ** 0.5 + 1e-8
+    return ((advantage - mean) / scale).masked_fill(~mask.bool(), 0.0)
 
 
 def importance_weights(
@@ -86,7 +89,10 @@ def importance_weights(
 def mismatch(log_prob: Tensor, sampled_log_prob: Tensor, mask: Tensor) -> dict[str, float]:
     """Mean and largest |Δ log π| between learning and sampling over the answers' tokens."""
     gap = (log_prob - sampled_log_prob).abs().masked_fill(~mask.bool(), 0.0)
-    return {"mean_abs_dlogp": masked_mean(gap, mask).item(), "max_abs_dlogp": gap.max().item()}
+    return {
+        "mean_abs_dlogp": masked_mean(gap, mask),
+        "max_abs_dlogp": max(distributed.each(gap.max().item())),
+    }
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -94,7 +100,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return (returns - values).masked_fill(~mask.bool(), 0.0).square().sum()
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True entries; 0 when there are none."""
+def masked_mean(x: Tensor, mask: Tensor) -> float:
+    """Mean over the batch's True entries; 0 when there are none."""
     mask = mask.bool()
-    return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+    count = distributed.total(mask.sum().item())
+    return distributed.total(x.masked_fill(~mask, 0.0).sum().item()) / max(1, count)

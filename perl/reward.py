@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perl import distributed
 from perl.backbone import Backbone
 from perl.config import UsageError
 from perl.data import Encoded, Labelled, Pair, pad
@@ -182,8 +183,13 @@ def score_all(
 ) -> Tensor:  # (N,) float32 on the CPU
     """`score_batch` of any number of sequences, in batches of like length, without gradients."""
     scores = torch.zeros(len(sequences))
-    for rows in by_length(sequences, batch_size):
-        scores[rows] = score_batch(backbone, role, [sequences[i] for i in rows]).cpu()
+    batches = by_length(sequences, batch_size)
+    found = [
+        score_batch(backbone, role, [sequences[i] for i in rows]).cpu()
+        for rows in distributed.share(batches)
+    ]
+    for rows, values in zip(batches, distributed.gathered(found, len(batches)), strict=True):
+        scores[rows] = values
     return scores
 
 

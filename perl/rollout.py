@@ -98,12 +98,14 @@ def generate(
     batch = _Batch(backbone, role, prompts, max_new_tokens, batch_size, draws, choose)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     going = len(prompts)
-    while waiting or batch.taken:
+    while backbone.any_process(going > 0):
         if waiting and batch.taken <= batch.refill_at:
             free = batch.rows - batch.taken
             batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-        else:
+        elif batch.taken:
             batch.advance()
+        else:
+            batch.idle()
         if ended and len(waiting) + batch.taken < going:
             ended(going - len(waiting) - batch.taken)
         going = len(waiting) + batch.taken
@@ -143,7 +145,8 @@ class _Batch:
         self.taken = self.first = self.end = 0
         self.continuous = SlotCache.holds(backbone.config)
         self.refill_at = int(REFILL * self.rows) if self.continuous else 0
-        self.graph = _Graph() if self.continuous and _in_graphs(self.device) else None
+        graphs = self.continuous and not backbone.sharded and _in_graphs(self.device)
+        self.graph = _Graph() if graphs else None
         if self.continuous:
             static = self.graph is not None
             self.cache = SlotCache(backbone.config, self.rows, self.columns, static)
@@ -199,6 +202,11 @@ class _Batch:
             self._predict(rows, self.token[rows, None], self.mask[rows, seen])
         self.end += 1
         self._drop()
+
+    def idle(self) -> None:
+        """A pass for nobody: processes that share out a model make as many as the slowest one."""
+        one = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        self.backbone.hidden(self.role, one, one)
 
     def _advance_all(self) -> None:
         """The same with free rows and all columns: what differs from step to step is in tensors."""

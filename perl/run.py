@@ -11,6 +11,9 @@ A checkpoint is written to a temporary folder and renamed, so it is whole or abs
 the newest one and cuts metrics and samples behind its step: the lines that follow are those of an
 uninterrupted run. No pickle anywhere: safetensors and JSON.
 
+Of several processes (perl/distributed.py) the first writes; the others call the same methods and
+wait where they will read, so all have to see the folder.
+
     run = Run.create(config.out, config)             # refuses a folder in use, writes nothing
     ...load model and data, which may refuse too...
     with run:                                        # the folder exists from here on
@@ -42,6 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from perl import distributed
 from perl.config import Stopped, TrainConfig, UsageError, write_toml
 
 
@@ -87,6 +91,7 @@ class Run:
         self.config = config
         self.step = 0
         self.interrupted = False
+        self._stopping = False  # interrupted here or in another process, and all know
         self._saved_step = -1
         self._bar: tqdm | None = None
         self._files: dict[str, Any] = {}
@@ -119,6 +124,21 @@ class Run:
     # The loop
 
     def __enter__(self) -> Run:
+        if distributed.is_first():
+            self._open()
+        distributed.wait()
+        if not (self.folder / "config.toml").is_file():
+            raise UsageError(
+                f"process {distributed.rank()} does not see --out {self.folder} of process 0; give "
+                "a folder on a disk that all machines share"
+            )
+        try:
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        except ValueError:  # not the main thread: Ctrl-C is somebody else's to handle
+            self._handler = None
+        return self
+
+    def _open(self) -> None:
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -130,11 +150,6 @@ class Run:
             shutil.rmtree(stale)
         if self.config.tensorboard:
             self._events = _summary_writer()(str(self.folder), purge_step=self.step + 1)
-        try:
-            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not the main thread: Ctrl-C is somebody else's to handle
-            self._handler = None
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
@@ -157,28 +172,30 @@ class Run:
         for step in range(self.step + 1, total + 1):
             yield step
             self._bar.update()
-            if self.interrupted and self._saved_step == step:
+            if self._stopping and self._saved_step == step:
                 raise Interrupted(
                     f"checkpoint of step {step} written; go on with: {self.resume_command}"
                 )
 
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        """A progress bar on stderr; quiet where stderr is not a terminal."""
+        """A progress bar on stderr; quiet where stderr is not a terminal, and on other ranks."""
         return tqdm(
             total=total,
             desc=description,
             initial=initial,
             file=sys.stderr,
-            disable=None,
+            disable=None if distributed.is_first() else True,
             dynamic_ncols=True,
         )
 
     def checkpoint_due(self, step: int) -> bool:
-        """True every `checkpoint_every` steps, at the last step, and after Ctrl-C."""
+        """True every `checkpoint_every` steps, at the last step, and after Ctrl-C.
+
+        To be asked once a step, by all processes: Ctrl-C may reach only one of them.
+        """
+        self._stopping = distributed.total(self.interrupted) > 0
         return (
-            step % self.config.checkpoint_every == 0
-            or step == self.config.steps
-            or self.interrupted
+            step % self.config.checkpoint_every == 0 or step == self.config.steps or self._stopping
         )
 
     def check_finite(self, step: int, **values: float) -> None:
@@ -199,16 +216,13 @@ class Run:
     @property
     def resume_command(self) -> str:
         command = type(self.config).__name__.removesuffix("Config").lower()
-        return f"python -m perl {command} --out {self.folder} --resume"
+        return f"{distributed.launcher()} -m perl {command} --out {self.folder} --resume"
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        tqdm.write(
-            "Ctrl-C: finishing this step, then a checkpoint (again to stop at once)",
-            file=sys.stderr,
-        )
+        self.say("Ctrl-C: finishing this step, then a checkpoint (again to stop at once)")
 
     # -----------------------------------------------------------------------------------------
     # What is written
@@ -227,6 +241,8 @@ class Run:
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """One JSON line, with a "step" key, at the end of a file in the run folder."""
+        if not distributed.is_first():
+            return
         if name not in self._files:
             self._files[name] = open(self.folder / name, "a", encoding="utf-8")
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -234,7 +250,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """A line on stderr that does not break the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        if distributed.is_first():
+            tqdm.write(text, file=sys.stderr)
 
     def save_checkpoint(
         self,
@@ -253,17 +270,29 @@ class Run:
         """
         final = self.folder / "checkpoints" / f"step-{step}"
         temporary = final.with_name(f".step-{step}")
-        temporary.mkdir()
+        if distributed.is_first():
+            temporary.mkdir()
+        if roles is not None:  # all processes, for what is spread over them
+            roles(temporary)
+        if distributed.is_first():
+            self._finish(temporary, final, tensors, state | {"step": step, "score": score})
+        distributed.wait()
+        self._saved_step = step
+        return Checkpoint(final)
+
+    def _finish(
+        self,
+        temporary: Path,
+        final: Path,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+    ) -> None:
         for name, group in tensors.items():
             save_file(
                 {key: tensor.detach().contiguous().cpu() for key, tensor in group.items()},
                 temporary / f"{name}.safetensors",
             )
-        if roles is not None:
-            roles(temporary)
-        (temporary / "state.json").write_text(
-            json.dumps(state | {"step": step, "score": score}), encoding="utf-8"
-        )
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         for file in self._files.values():
@@ -272,12 +301,10 @@ class Run:
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(final.parent)
-        self._saved_step = step
         keep = self.checkpoints()[-self.config.keep_checkpoints :] + [self.best_checkpoint()]
         for old in self.checkpoints():
             if old not in keep:
                 shutil.rmtree(old.folder)
-        return Checkpoint(final)
 
     def checkpoints(self) -> list[Checkpoint]:
         """All checkpoints, oldest first."""
@@ -307,10 +334,11 @@ class Run:
     def publish(self, role: str, checkpoint: Checkpoint) -> Path:
         """Copies a role's folder of a checkpoint to RUN/<role>, the run's result."""
         result, temporary = self.folder / role, self.folder / f".{role}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(checkpoint.folder / role, temporary)
-        shutil.rmtree(result, ignore_errors=True)
-        os.replace(temporary, result)
+        if distributed.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(checkpoint.folder / role, temporary)
+            shutil.rmtree(result, ignore_errors=True)
+            os.replace(temporary, result)
         return result
 
 
@@ -366,6 +394,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed for what these numbers name, unlike that of any other."""
+    return random.Random("/".join(map(str, numbers))).getrandbits(63)
 
 
 def _encoded(state: Tensor) -> str:

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 import perl_kernels as pk
-from perl import reinforce
+from perl import distributed, reinforce
 from perl.backbone import Backbone, Head
 from perl.config import ReinforceConfig
 from perl.data import (
@@ -57,17 +57,19 @@ from perl.data import (
 from perl.ensemble import Rewards, combine, joined, load_reward_models
 from perl.memory import PeakMemory
 from perl.reward import load_reward_function
-from perl.rollout import Rollout, generate
-from perl.run import Run
+from perl.rollout import Rollout, draw, generate
+from perl.run import Run, derived_seed
 from perl.training import (
     add_role,
+    begin,
     lora_config,
     make_optimizer,
     micro_batches,
     open_backbone,
-    restore,
+    peak_memory,
     save,
     say_notes,
+    shard,
 )
 
 SAMPLES = 4  # prompts answered into samples.jsonl, the same ones every time
@@ -99,15 +101,16 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
     score = make_scorer(config, backbone)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
-    optimizers = {"policy": make_optimizer(config, backbone, "policy", config.lr)}
     if config.baseline == "value":
         add_role(backbone, "value", checkpoint, scalar=True)
-        optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
         if checkpoint is None:
-            nn.init.zeros_(optimizers["value"].parameters["score.weight"])
+            nn.init.zeros_(dict(backbone.trainable("value"))["score.weight"])
+    shard(config, backbone)
+    optimizers = {"policy": make_optimizer(config, backbone, "policy", config.lr)}
+    if config.baseline == "value":
+        optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
     batches = Batches(prompts, config.prompts_per_step, config.seed, encoded.mixture)
-    if checkpoint:
-        restore(checkpoint, optimizers, batches)
+    begin(config, checkpoint, optimizers, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
@@ -120,9 +123,9 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
             clock, batch = Clock(backbone.device), next(batches)
 
             with clock.phase("rollout"):
-                rollout = sample(config, backbone, batch)
+                rollout = sample(config, backbone, batch, derived_seed(config.seed, step))
             with clock.phase("score"):
-                rewards = score(rollout, batch)
+                rewards = score(rollout, distributed.share(batch))
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
                     kl = sampled_kl(config, backbone, rollout)
@@ -135,14 +138,15 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                     optimizer.step(step)
 
             metrics = {
-                **rewards.figures(),
-                "kl": kl.sum(1).mean().item(),  # nats per answer, sampled
+                **gathered(rewards, len(batch)).figures(),
+                "kl": distributed.mean(kl.sum(1).mean().item()),  # nats per answer, sampled
                 **facts,  # with the exact "kl" where it is in the loss
                 **norms,
-                "length": rollout.completion_mask.sum(1).float().mean().item(),
-                "tokens_per_s": rollout.attention_mask.sum().item() / clock.total,
+                "length": distributed.mean(rollout.completion_mask.sum(1).float().mean().item()),
+                "tokens_per_s": distributed.total(rollout.attention_mask.sum().item())
+                / clock.total,
                 **clock.seconds(),
-                "peak_memory_bytes": peak.read(),
+                **peak_memory(peak),
             }
             last = step == config.steps
             validated = held_out and (step % config.validate_every == 0 or last)
@@ -188,18 +192,20 @@ def sample(
     config: ReinforceConfig,
     backbone: Backbone,
     prompts: list[Prompt],
-    generator: torch.Generator | None = None,
+    seed: int,
 ) -> Rollout:
-    """Answers of the policy, drawn from torch's own generator unless one is given."""
+    """Answers of the policy to this process's share of the prompts; the seed decides the draws."""
+    generator = torch.Generator(backbone.device).manual_seed(seed)
+    draws = draw(len(prompts), config.max_new_tokens, backbone.device, generator)
     return generate(
         backbone,
         "policy",
-        [prompt.ids for prompt in prompts],
+        [prompt.ids for prompt in distributed.share(prompts)],
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=generator,
+        draws=draws[distributed.share(range(len(prompts)))],
     )
 
 
@@ -273,7 +279,8 @@ def learn(
     sums over rows divided by the batch's tokens, so they are the same however rows are split.
     """
     ids, mask = rollout.completion_ids, rollout.completion_mask
-    tokens, rows_of = mask.sum(), micro_batches(config.micro_batch_size, len(ids))
+    tokens = distributed.total(mask.sum().item())
+    rows_of = micro_batches(config.micro_batch_size, len(ids))
     facts: dict[str, float] = {}
 
     baseline: Tensor | float = 0.0
@@ -285,13 +292,13 @@ def learn(
             loss.backward()
             predictions.append(values.detach())
             total += loss.item()
-        baseline, facts["value_loss"] = torch.cat(predictions), total
+        baseline, facts["value_loss"] = torch.cat(predictions), distributed.total(total)
     elif config.baseline == "batch_mean":
         baseline = reinforce.masked_mean(returns, mask)
     advantage = reinforce.advantages(returns, baseline, mask, whiten=config.whiten_advantages)
 
     head, in_loss = backbone.head("policy"), config.kl_in == "loss"
-    log_prob, entropy, total = [], [], 0.0
+    log_prob, entropy, kl, total = [], [], [], 0.0
     for rows in rows_of:
         with torch.no_grad():
             ref_hidden = answer_states(backbone, None, rollout, rows) if in_loss else None
@@ -315,10 +322,12 @@ def learn(
         log_prob.append(out.log_prob)
         entropy.append(out.entropy)
         if in_loss:
-            facts["kl"] = facts.get("kl", 0.0) + out.kl.sum().item() / len(ids)
+            kl.append(out.kl.sum(1))
+    if in_loss:
+        facts["kl"] = distributed.mean(torch.cat(kl).mean().item())
     return facts | {
-        "loss": total,
-        "entropy": reinforce.masked_mean(torch.cat(entropy), mask).item(),
+        "loss": distributed.total(total),
+        "entropy": reinforce.masked_mean(torch.cat(entropy), mask),
         **reinforce.mismatch(torch.cat(log_prob), rollout.log_prob, mask),
     }
 
@@ -355,18 +364,26 @@ def inputs(rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- watch
 
 
+def gathered(rewards: Rewards, count: int) -> Rewards:
+    """The rewards of `count` answers, of which each process has scored its share."""
+    return Rewards(*(
+        None if column is None else torch.tensor(distributed.gathered(column.tolist(), count))
+        for column in rewards
+    ))  # fmt: skip
+
+
 def evaluate(
     config: ReinforceConfig, backbone: Backbone, prompts: list[Prompt], score: Scorer
 ) -> dict[str, float]:
     """Mean reward and KL of answers to held-out prompts, drawn with the same seed every time."""
-    generator = torch.Generator(backbone.device).manual_seed(config.seed)
     rewards, kl = [], []
     for start in range(0, len(prompts), config.prompts_per_step):
         batch = prompts[start : start + config.prompts_per_step]
-        rollout = sample(config, backbone, batch, generator)
-        rewards.append(score(rollout, batch))
-        kl.append(sampled_kl(config, backbone, rollout).sum(1))
-    figures = joined(rewards).figures() | {"kl": torch.cat(kl).mean().item()}
+        rollout = sample(config, backbone, batch, derived_seed(config.seed, 0, start))
+        rewards.append(gathered(score(rollout, distributed.share(batch)), len(batch)))
+        of_each = sampled_kl(config, backbone, rollout).sum(1).tolist()
+        kl += distributed.gathered(of_each, len(batch))
+    figures = joined(rewards).figures() | {"kl": sum(kl) / len(kl)}
     return {f"validation_{name}": value for name, value in figures.items()}
 
 
@@ -379,12 +396,12 @@ def write_samples(
     score: Scorer,
 ) -> None:
     """The same prompts with the same draws at every step, so that answers can be compared."""
-    generator = torch.Generator(backbone.device).manual_seed(config.seed)
     batch = prompts[:SAMPLES]
-    rollout = sample(config, backbone, batch, generator)
-    rewards = score(rollout, batch).reward.tolist()
-    answers = rollout.texts(backbone.tokenizer)
-    for prompt, answer, reward in zip(batch, answers, rewards, strict=True):
+    rollout = sample(config, backbone, batch, derived_seed(config.seed, 0))
+    rewards = score(rollout, distributed.share(batch)).reward.tolist()
+    mine = list(zip(rollout.texts(backbone.tokenizer), rewards, strict=True))
+    answers = distributed.gathered(mine, len(batch))
+    for prompt, (answer, reward) in zip(batch, answers, strict=True):
         row = {"prompt": prompt.text, "completion": answer, "reward": reward}
         run.append("samples.jsonl", {"step": step} | row)
 

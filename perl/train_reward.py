@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perl import distributed
 from perl.backbone import Backbone
 from perl.config import RewardConfig, UsageError
 from perl.data import (
@@ -53,15 +54,17 @@ from perl.run import Run
 from perl.training import (
     Timer,
     add_role,
+    begin,
     length_limit,
     lora_config,
     make_optimizer,
     micro_batches,
     open_backbone,
-    restore,
+    peak_memory,
     rows_per_pass,
     save,
     say_notes,
+    shard,
 )
 
 
@@ -80,24 +83,26 @@ def train(config: RewardConfig) -> dict[str, Any]:
     add_role(backbone, "reward", checkpoint, scalar=True)
     if config.checkpoint_activations:
         backbone.checkpoint_activations("reward")
+    shard(config, backbone)
     optimizer = make_optimizer(config, backbone, "reward", config.lr)
     batches = Batches(examples, config.batch_size, config.seed, examples.mixture)
-    if checkpoint:
-        restore(checkpoint, {"reward": optimizer}, batches)
+    begin(config, checkpoint, {"reward": optimizer}, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
         say_notes(run, examples, held_out)
         for step in run.steps(config.steps, "reward"):
             timer, batch = Timer(backbone.device), next(batches)
+            mine = distributed.share(batch)
 
             loss = right = padded = 0.0
-            for rows in micro_batches(config.micro_batch_size, len(batch)):
-                losses, correct = batch_loss(config, backbone, batch[rows], weights)
+            for rows in micro_batches(config.micro_batch_size, len(mine)):
+                losses, correct = batch_loss(config, backbone, mine[rows], weights)
                 part = losses.sum() / len(batch)
                 part.backward()
                 loss, right = loss + part.item(), right + correct.sum().item()
-                padded += padding(sequences(batch[rows]))
+                padded += padding(sequences(mine[rows]))
+            loss, right, padded = map(distributed.total, (loss, right, padded))
             grad_norm = optimizer.clip()
             run.check_finite(step, loss=loss, grad_norm=grad_norm)
             optimizer.step(step)
@@ -111,7 +116,7 @@ def train(config: RewardConfig) -> dict[str, Any]:
                 "padding": padded / (tokens + padded),
                 "tokens_per_s": tokens / step_s,
                 "step_s": step_s,
-                "peak_memory_bytes": peak.read(),
+                **peak_memory(peak),
             }
             last, score = step == config.steps, None
             if held_out and (step % config.validate_every == 0 or last):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from perl import distributed
 from perl.backbone import Backbone
 from perl.config import SftConfig
 from perl.data import Batches, Encoded, encode_examples, load_files, read_rows, want_kind
@@ -23,6 +24,7 @@ from perl.run import Run
 from perl.training import (
     Timer,
     add_role,
+    begin,
     language_figures,
     learned_log_prob,
     length_limit,
@@ -30,10 +32,11 @@ from perl.training import (
     make_optimizer,
     micro_batches,
     open_backbone,
-    restore,
+    peak_memory,
     rows_per_pass,
     save,
     say_notes,
+    shard,
 )
 
 
@@ -46,23 +49,25 @@ def train(config: SftConfig) -> dict[str, Any]:
     examples, held_out = load_files(config.data, config.validation, load)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
+    shard(config, backbone)
     optimizer = make_optimizer(config, backbone, "policy", config.lr)
     batches = Batches(examples, config.batch_size, config.seed, examples.mixture)
-    if checkpoint:
-        restore(checkpoint, {"policy": optimizer}, batches)
+    begin(config, checkpoint, {"policy": optimizer}, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
         say_notes(run, examples, held_out)
         for step in run.steps(config.steps, "sft"):
             timer, batch = Timer(backbone.device), next(batches)
+            mine = distributed.share(batch)
 
             learned = sum(sum(example.targets) for example in batch)
             loss = 0.0
-            for rows in micro_batches(config.micro_batch_size, len(batch)):
-                part = -learned_log_prob(backbone, "policy", batch[rows]).sum() / learned
+            for rows in micro_batches(config.micro_batch_size, len(mine)):
+                part = -learned_log_prob(backbone, "policy", mine[rows]).sum() / learned
                 part.backward()
                 loss += part.item()
+            loss = distributed.total(loss)
             grad_norm = optimizer.clip()
             run.check_finite(step, loss=loss, grad_norm=grad_norm)
             optimizer.step(step)
@@ -75,7 +80,7 @@ def train(config: SftConfig) -> dict[str, Any]:
                 "learned_tokens": learned,
                 "tokens_per_s": tokens / step_s,
                 "step_s": step_s,
-                "peak_memory_bytes": peak.read(),
+                **peak_memory(peak),
             }
             last, score = step == config.steps, None
             if held_out and (step % config.validate_every == 0 or last):

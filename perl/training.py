@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,24 @@ import torch
 from torch import Tensor
 
 import perl_kernels as pk
+from perl import distributed
 from perl.backbone import Backbone
-from perl.config import ModelConfig, TrainConfig, UsageError
+from perl.config import ModelConfig, ReinforceConfig, TrainConfig, UsageError
 from perl.data import Batches, Encoded, Example, Limit, pad, token_limit
+from perl.memory import PeakMemory
 from perl.optimizer import Optimizer
-from perl.run import Checkpoint, Run, capture_rng, restore_rng, seed_everything
+from perl.run import (
+    Checkpoint,
+    Run,
+    capture_rng,
+    derived_seed,
+    restore_rng,
+    seed_everything,
+)
 
 
 def open_backbone(config: ModelConfig, **keywords: Any) -> Backbone:
-    """Sets threads and seeds, and loads the model; keywords go to `Backbone.load`."""
+    """Joins other processes, sets threads and seeds, loads the model; keywords: `Backbone.load`."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
             f"--device is {config.device} but torch {torch.__version__} sees no GPU; "
@@ -29,10 +39,26 @@ def open_backbone(config: ModelConfig, **keywords: Any) -> Backbone:
         torch.device("cpu" if config.device == "auto" else config.device)
     except RuntimeError:
         raise UsageError(f"--device is {config.device!r}; want auto, cpu, cuda or cuda:N") from None
+    device = distributed.start(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
-    return Backbone.load(config.model, dtype=config.dtype, device=config.device, **keywords)
+    if isinstance(config, TrainConfig) and config.shard:
+        if not distributed.started():
+            raise UsageError(
+                "--shard spreads the model over several processes, and this is one; start with "
+                "torchrun --nproc-per-node N -m perl ..., or leave it out"
+            )
+        device = "cpu"  # a part of it goes where it runs, in `shard`
+    backbone = Backbone.load(config.model, dtype=config.dtype, device=device, **keywords)
+    distributed.check_same("--model", backbone.identity["weights"])
+    return backbone
+
+
+def shard(config: TrainConfig, backbone: Backbone) -> None:
+    """With `--shard`, spreads the weights over the processes; the roles are all there by now."""
+    if config.shard:
+        backbone.shard(distributed.start(config.device))
 
 
 def lora_config(config: TrainConfig) -> pk.LoRAConfig:
@@ -74,13 +100,43 @@ def make_optimizer(config: TrainConfig, backbone: Backbone, role: str, lr: float
     )
 
 
-def restore(checkpoint: Checkpoint, optimizers: dict[str, Optimizer], batches: Batches) -> None:
-    """Puts back everything of a checkpoint but the roles, which `add_role` loads."""
-    for role, optimizer in optimizers.items():
-        optimizer.load_state(checkpoint.tensors(f"{role}_optimizer"))
-    state = checkpoint.state
-    batches.load_state_dict(state["batches"])
-    restore_rng(state["rng"])
+def begin(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    optimizers: dict[str, Optimizer],
+    batches: Batches,
+) -> None:
+    """What is left to do before the first step: checks of several processes, then their state.
+
+    All of a checkpoint is put back but the roles, which `add_role` loads. It may come from another
+    number of processes: batches and weights go on as they would have, and dropout is drawn anew.
+    """
+    check_processes(config, batches)
+    step, states = 0, []
+    if checkpoint is not None:
+        for role, optimizer in optimizers.items():
+            optimizer.load_state(checkpoint.tensors(f"{role}_optimizer"))
+        batches.load_state_dict(checkpoint.state["batches"])
+        step, states = checkpoint.step, checkpoint.state["rng"]
+    if len(states) == distributed.size():
+        restore_rng(states[distributed.rank()])
+    elif step > 0 or distributed.rank() > 0:
+        seed_everything(derived_seed(config.seed, step, distributed.rank()))
+
+
+def check_processes(config: TrainConfig, batches: Batches) -> None:
+    """UsageError where processes have other data, or batches do not divide among them."""
+    size, rows = distributed.size(), batches.batch_size
+    if rows % size:
+        flag = "--prompts-per-step" if isinstance(config, ReinforceConfig) else "--batch-size"
+        raise UsageError(
+            f"a batch has {rows} rows ({flag}, or all of --data) and there are {size} processes; "
+            f"give a multiple of {size}, or start fewer"
+        )
+    if size > 1:
+        lengths = [len(example) for example in batches.examples]
+        some = batches.examples[:: max(1, len(lengths) // 64)]
+        distributed.check_same("--data", zlib.crc32(repr((lengths, some)).encode()))
 
 
 def save(
@@ -95,7 +151,7 @@ def save(
     run.save_checkpoint(
         step,
         {f"{role}_optimizer": optimizer.state() for role, optimizer in optimizers.items()},
-        {"batches": batches.state_dict(), "rng": capture_rng()},
+        {"batches": batches.state_dict(), "rng": distributed.each(capture_rng())},
         score=score,
         roles=lambda folder: [backbone.save_role(role, folder / role) for role in optimizers],
     )
@@ -138,10 +194,12 @@ def language_figures(
     backbone: Backbone, role: str | None, examples: Sequence[Example], batch_size: int
 ) -> dict[str, float]:
     """Mean loss and perplexity per learned token."""
-    total, count = 0.0, 0
-    for rows in by_length(examples, batch_size):
+    batches = by_length(examples, batch_size)
+    found = []
+    for rows in distributed.share(batches):
         values = learned_log_prob(backbone, role, [examples[i] for i in rows])
-        total, count = total - values.sum().item(), count + len(values)
+        found.append((-values.sum().item(), len(values)))
+    total, count = map(sum, zip(*distributed.gathered(found, len(batches)), strict=True))
     return {"loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}
 
 
@@ -149,6 +207,13 @@ def say_notes(run: Run, *data: Encoded | None) -> None:
     """What was cut, left out or found in the data, a line each."""
     for note in (note for encoded in data if encoded for note in encoded.notes):
         run.say(note)
+
+
+def peak_memory(peak: PeakMemory) -> dict[str, Any]:
+    """The largest peak of a process, and where there are several, that of each by rank."""
+    peaks = distributed.each(peak.read())
+    by_rank = {"peak_memory_bytes_by_rank": peaks} if len(peaks) > 1 else {}
+    return {"peak_memory_bytes": max(peaks)} | by_rank
 
 
 class Timer:
