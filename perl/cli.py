@@ -32,6 +32,7 @@ COMMANDS = {
     "export": (cfg.ExportConfig, "perl.export:export", "a trained model for transformers or PEFT"),
     "average": (cfg.AverageConfig, "perl.export:average", "one model from several runs' weights"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
+    "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
 }
 
@@ -61,6 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             _add_flag(command, field, hints[field.name])
+        if issubclass(cls, cfg.TrainConfig):
+            command.add_argument(
+                "--sweep",
+                nargs="+",
+                metavar="FLAG=VALUE,VALUE",
+                default=argparse.SUPPRESS,
+                help="a run for every combination of these values (lr=1e-4,3e-4 lora_rank=4,16), "
+                "one after another in folders of --out; which was best on --validation",
+            )
     return parser
 
 
@@ -71,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         flags = vars(build_parser().parse_args(argv))
-        cls, target, _ = COMMANDS[flags.pop("command")]
+        name = flags.pop("command")
+        cls, target, _ = COMMANDS[name]
+        if "sweep" in flags:
+            from perl import sweep
+
+            print(json.dumps(sweep.run(name, cls, flags)))
+            return 0
         config = cfg.load(cls, flags, config_file=flags.pop("config", None))
         module, function = target.split(":")
         result = getattr(importlib.import_module(module), function)(config)
@@ -122,7 +138,7 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
         settings["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
-        settings.update(nargs="+", type=item, metavar="NAME" if item is str else _METAVARS[item])
+        settings.update(nargs="+", type=item, metavar=field.metadata["metavar"])
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]
