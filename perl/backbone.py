@@ -299,7 +299,7 @@ class Backbone:
         """Last hidden states under a role; None is the reference. Left or right padding alike."""
         model, adapter = self._activate(role)
         context = getattr(model.config, "max_position_embeddings", None)
-        if context is not None and attention_mask.shape[1] > context:
+        if cache is None and context is not None and attention_mask.shape[1] > context:
             raise UsageError(
                 f"a sequence of {attention_mask.shape[1]} tokens does not fit the {context} of the "
                 f"{role or 'reference'} model's context: give fewer with --max-tokens"

@@ -138,7 +138,8 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
         settings["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
-        settings.update(nargs="+", type=item, metavar=field.metadata["metavar"])
+        metavar = field.metadata["metavar"] if item is str else _METAVARS[item]
+        settings.update(nargs="+", type=item, metavar=metavar)
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]

@@ -275,6 +275,12 @@ class ReinforceConfig(TrainConfig):
         "value", help="what is subtracted from the return"
     )
     whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    importance_cap: float | None = option(
+        None,
+        at_least=1,
+        help="weigh each token by pi / pi_sampled, at most this much (truncated importance "
+        "sampling); default: not at all",
+    )
     value_lr: float | None = option(
         None, above=0, help="learning rate of the value model; default as --lr"
     )
@@ -422,7 +428,7 @@ class AverageConfig(ModelConfig):
     )
     model: str | None = option(None, help="base model; default: the one that the runs name")
     weights: list[float] | None = option(
-        None, metavar="X", help="weight of each run, divided by their sum; default equal"
+        None, help="weight of each run, divided by their sum; default equal"
     )
     rank: int | None = option(None, at_least=1, help="rank of the result; default the sum of ranks")
     out: str = option(help="folder of the average; must not exist, or be empty")

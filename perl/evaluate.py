@@ -40,9 +40,8 @@ from perl.ensemble import (
 from perl.files import empty_folder, new_file, write_rows
 from perl.progress import progress
 from perl.reward import figures_of_scores, load_reward_function, sequences
-from perl.rollout import Rollout
 from perl.rollout import generate as sample
-from perl.training import by_length, language_figures, length_limit, open_backbone
+from perl.training import language_figures, length_limit, open_backbone
 
 # ---------------------------------------------------------------------------------------------
 # evaluate
@@ -162,29 +161,19 @@ def _answers(
         drop_long=getattr(config, "drop_long", False),
     )
     _say_notes(config, prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
     with progress(len(prompts), "generate", "answer") as bar:
-        for group in by_length(prompts, config.batch_size):
-            rollout = sample(
-                backbone,
-                role,
-                [prompts[i] for i in group],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=getattr(config, "top_k", 0),
-                top_p=getattr(config, "top_p", 1.0),
-            )
-            for i, answer in zip(group, _real_tokens(rollout), strict=True):
-                answers[i] = answer
-            bar.update(len(group))
-    return prompts, answers
-
-
-def _real_tokens(rollout: Rollout) -> list[list[int]]:
-    return [
-        ids[mask].tolist()
-        for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-    ]
+        rollout = sample(
+            backbone,
+            role,
+            list(prompts),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=getattr(config, "top_k", 0),
+            top_p=getattr(config, "top_p", 1.0),
+            batch_size=config.batch_size,
+            ended=bar.update,
+        )
+    return prompts, rollout.answers()
 
 
 def _say_notes(config: EvaluateConfig | GenerateConfig, encoded: Encoded) -> None:

@@ -375,7 +375,11 @@ _CURVES = (
     _Curve("Padding", "share of the tokens computed", {"padding": "training"}),
     _Curve("Throughput", "tokens / s", {"tokens_per_s": "training"}),
     _Curve("Peak memory", "MB", {"peak_memory_bytes": "so far"}, 1e-6),
-    _Curve("Log-probability, sampled against learned", "nats", {"max_abs_dlogp": "largest gap"}),
+    _Curve(
+        "Log-probability, sampled against learned",
+        "nats",
+        {"max_abs_dlogp": "largest gap", "mean_abs_dlogp": "mean gap"},
+    ),
 )
 _COUNTS = {"step", "tokens", "learned_tokens"}  # the size of a batch is no figure of the training
 

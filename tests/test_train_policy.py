@@ -167,6 +167,26 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
     assert len(of_head) == 2 * ("lm_head" in targets)
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_importance_cap_weighs_what_sampling_found_more_or_less_likely(world, rows):
+    config = make_config(world, baseline="none", importance_cap=1.5, micro_batch_size=rows)
+    backbone, rollout, returns = scene(world, "lora", "float64")
+    gap = torch.randn(rollout.log_prob.shape)
+    weights = gap.exp().clamp(max=1.5)
+    policy_loss, _ = plain_losses(config, backbone, rollout, returns * weights)
+    policy_loss.backward()
+    wanted = gradients(backbone)
+    drawn_from_another = rollout._replace(log_prob=rollout.log_prob - gap)
+    facts = learn(config, backbone, drawn_from_another, returns)
+    assert facts["loss"] == pytest.approx(policy_loss.item(), rel=1e-5)
+    kept = gap.abs()[rollout.completion_mask]
+    assert facts["mean_abs_dlogp"] == pytest.approx(kept.mean().item(), rel=1e-5)
+    assert facts["max_abs_dlogp"] == pytest.approx(kept.max().item(), rel=1e-5)
+    for key, gradient in gradients(backbone).items():
+        if key[0] == "policy":
+            torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-7)
+
+
 def test_sampled_kl_is_the_log_ratio_and_its_mean_the_exact_kl(world):
     config = make_config(world, temperature=0.9)
     backbone, _, _ = scene(world, "lora", "float32")
@@ -229,8 +249,8 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     row = lines(world / "run/metrics.jsonl")[-1]
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
-        "score_s", "learn_s", "step_s", "max_abs_dlogp", "peak_memory_bytes", "policy_grad_norm",
-        "value_grad_norm",
+        "score_s", "learn_s", "step_s", "max_abs_dlogp", "mean_abs_dlogp", "peak_memory_bytes",
+        "policy_grad_norm", "value_grad_norm",
     }  # fmt: skip
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
