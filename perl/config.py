@@ -255,7 +255,9 @@ class ReinforceConfig(TrainConfig):
     """REINFORCE with a value baseline and a KL anchor on {prompt} rows (arXiv 2309.00267)."""
 
     reward_model: list[str] | None = option(
-        None, help="folder of a reward run, or of its reward model; several make an ensemble"
+        None,
+        metavar="FOLDER",
+        help="folder of a reward run, or of its reward model; several make an ensemble",
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(
@@ -321,6 +323,7 @@ class EvaluateConfig(ModelConfig):
     adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
     reward_model: list[str] | None = option(
         None,
+        metavar="FOLDER",
         help="folder of a reward run or reward model: scores "
         "the rows, or the answers generated for {prompt} rows; several make an ensemble",
     )
@@ -354,7 +357,8 @@ class ScoreConfig(ModelConfig):
     """
 
     reward_model: list[str] = option(
-        help="folder of a reward run, or of its reward model; several make an ensemble"
+        metavar="FOLDER",
+        help="folder of a reward run, or of its reward model; several make an ensemble",
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     model: str | None = _base_model()

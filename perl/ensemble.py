@@ -25,7 +25,6 @@ from torch import Tensor
 
 from perl.backbone import Backbone, base_of, is_adapter
 from perl.config import RewardConfig, UsageError, read_toml
-from perl.data import Rows
 from perl.progress import progress
 from perl.reward import score_all
 from perl.run import role_folder
@@ -104,20 +103,15 @@ def score_rewards(
     return joined(parts)
 
 
-def check_finite(rewards: Rewards, sources: Sequence[dict], rows: Rows) -> None:
+def check_finite(rewards: Rewards, places: Sequence[str]) -> None:
     """UsageError that names the row whose answer has no finite reward.
 
-    sources: the rows that were scored, all of `rows` but those left out (`Encoded.rows`), once, or
-    twice where pairs were.
+    places: of the rows that were scored, once, or twice where pairs were (`Encoded.places`).
     """
-    wrong = rewards.reward.isfinite().logical_not().nonzero()
-    if len(wrong):
-        i = wrong[0].item()
-        source = sources[i % len(sources)]
-        place = next(p for row, p in zip(rows, rows.places, strict=True) if row is source)
+    for i in rewards.reward.isfinite().logical_not().nonzero().flatten()[:1].tolist():
         raise UsageError(
-            f"{place}: the score is {rewards.reward[i]}; the reward model is broken, or overflows "
-            "in this --dtype"
+            f"{places[i % len(places)]}: the score is {rewards.reward[i]}; the reward model is "
+            "broken, or overflows in this --dtype"
         )
 
 

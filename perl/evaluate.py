@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         rewards = score_rewards(
             backbone, judges, sequences(examples), config.batch_size, config.ensemble
         )
-        check_finite(rewards, examples.rows, rows)
+        check_finite(rewards, examples.places)
         figures = figures_of_scores(rewards.reward, examples) | rewards.figures()
     elif kind in ("text", "completion", "messages"):
         examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
@@ -111,7 +111,7 @@ def _score_answers(
     else:
         both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         rewards = score_rewards(backbone, judges, both, config.batch_size, config.ensemble)
-        check_finite(rewards, prompts.rows, rows)
+        check_finite(rewards, prompts.places)
     eos = backbone.tokenizer.eos_token_id
     return rewards.figures() | {
         "length": statistics.fmean(map(len, answers)),

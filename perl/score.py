@@ -56,11 +56,14 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     with file, progress(len(examples), "score", "row", done=file.count) as bar:
         try:
             for start in range(file.count, len(examples), window):
-                part, sources = (all[start : start + window] for all in (examples, examples.rows))
+                part, sources, places = (
+                    each[start : start + window]
+                    for each in (examples, examples.rows, examples.places)
+                )
                 rewards = score_window(
                     backbone, roles, sequences(part), config.batch_size, config.ensemble
                 )
-                check_finite(rewards, sources, rows)
+                check_finite(rewards, places)
                 file.append([
                     row | dict(zip(columns, values, strict=True))
                     for row, values in zip(sources, by_row(rewards, kind), strict=True)

@@ -28,7 +28,8 @@ def files(tmp_path_factory):
     for seed in (1, 2):
         save_reward(folder / f"run{seed}", folder / "base", seed)
     write_jsonl(folder / "pairs.jsonl", PAIRS)
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in PAIRS])
+    for name in ("prompts", "held_out"):
+        write_jsonl(folder / f"{name}.jsonl", [{"prompt": row["prompt"]} for row in PAIRS])
     return folder
 
 
@@ -76,7 +77,7 @@ def test_evaluate_takes_several_reward_models_and_finds_their_base(files, capsys
 def test_reinforce_logs_how_far_reward_models_differ(files, tmp_path):
     settings = dict(
         model=str(files / "base"), data=str(files / "prompts.jsonl"), steps=1, max_new_tokens=4,
-        validation=str(files / "prompts.jsonl"),
+        validation=str(files / "held_out.jsonl"),
     )  # fmt: skip
     models = [str(files / "run1"), str(files / "run2")]
     for name, ensemble in (("two", "min"), ("one", None)):
