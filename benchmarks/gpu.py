@@ -48,6 +48,9 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_mlp", "forward + backward", {}),
     ("lora_mlp", "forward + backward, dropout 0.1", {}),
     ("log_prob", "kl, forward + backward", {}),
+    ("linear_kl", "forward + backward", {"V": 131072}),
+    ("head_rows", "with gradient", {}),
+    ("head_rows", "with gradient, exact KL", {}),
     ("lora_linear_parts", "shrink", {"N": 8192, "R": 16}),
     ("lora_linear_parts", "ds and db", {"O": 4096, "R": 16}),
     ("lora_linear_parts", "shrink, dropout 0.1", {}),
@@ -56,11 +59,13 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_linear", "forward + backward, compiled", {}),
     ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
+    ("rollout", "answers of one length", {}),
     ("linear_log_prob", "forward + backward, compiled", {}),
     ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
-LEFT = {"reward_step": 100.0, "study": 60.0, "": 15.0}  # seconds, by room: with less, no case
+# seconds, by room: with less, no case
+LEFT = {"reward_step": 100.0, "rollout": 150.0, "study": 60.0, "": 15.0}
 STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
 
 
@@ -218,6 +223,7 @@ def line(row: Row) -> str:
     for name, share in row.measures.items():
         if name.startswith("share_of_copy_bandwidth"):
             parts.append(f"{share:.0%} of copy{name.removeprefix('share_of_copy_bandwidth')}")
+    parts += [f"{share:.1%} {name}" for name, share in row.measures.items() if "moved" in name]
     if "ours" in row.memory:
         parts.append(f"{report.mebibytes(row.memory['ours'])} MiB")
     parts += [f"{found['ratio']:.2f} × {name}" for name, found in row.contestants.items()]

@@ -33,7 +33,9 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.lr, self.steps, self.schedule = lr, steps, schedule
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
-        self.adamw = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, weight_decay=weight_decay, fused=True
+        )
 
     def clip(self) -> float:
         """Scales gradients down to `max_grad_norm` and returns their norm before that."""
@@ -78,8 +80,6 @@ class Optimizer:
                     f"the checkpoint's optimizer state does not fit {name}; it "
                     "belongs to another model or rank"
                 )
-            # The step count stays on the CPU, where AdamW keeps it.
             self.adamw.state[parameter] = {
-                key: tensor if tensor.dim() == 0 else tensor.to(parameter.device)
-                for key, tensor in moments.items()
+                key: tensor.to(parameter.device) for key, tensor in moments.items()
             }

@@ -87,6 +87,30 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """A drawing of how many values lie between `edges`, label -> one count less than edges."""
+
+    title: str
+    unit: str
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A drawing of the share that came true over the probability that was said, a dot per bin.
+
+    On the diagonal the two are the same. The area of a dot is its share of the cases.
+    """
+
+    title: str
+    unit: str
+    said: Sequence[float]
+    found: Sequence[float]
+    count: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Spread:
     """A drawing of repeated measurements, label -> {group: values}: dots, a dash at their mean."""
 
@@ -95,11 +119,11 @@ class Spread:
     values: Mapping[str, Mapping[str, Sequence[float]]]
 
 
-Drawing = Panel | Bars | Spread
+Drawing = Panel | Bars | Histogram | Reliability | Spread
 
 
 def write_run_report(run_folder: str | Path) -> Path:
-    """Writes report.html and curves.png into the folder of an sft, reward or reinforce run.
+    """Writes report.html and its figures into the folder of an sft, reward or reinforce run.
 
     Raises:
         UsageError: the folder holds no metrics.jsonl.
@@ -120,6 +144,7 @@ def write_run_report(run_folder: str | Path) -> Path:
         [
             ("Learning curves", _drawings(folder / "curves.png", panels)),
             ("Figures", _table(_figures(rows, curves))),
+            ("Held-out answers", _drawings(folder / "held_out.png", _held_out(rows, config))),
             ("Samples", _samples(run_samples(folder))),
             ("Configuration", _configuration(config)),
         ],
@@ -271,7 +296,9 @@ def _summary(rows: Rows, config: dict[str, Any]) -> str:
         parts.append(f"LoRA of rank {config['lora_rank']}")
     elif config:
         parts.append("full tuning")
-    parts += [f"{key} {config[key]}" for key in ("model", "data") if key in config]
+    files = config.get("data", [])
+    parts += [f"model {config['model']}"] if "model" in config else []
+    parts += [f"data {' '.join(files) if isinstance(files, list) else files}"] if files else []
     return " · ".join(parts)
 
 
@@ -311,14 +338,26 @@ _AUC = _Curve(
     "share",
     {"validation_auc": "AUC", "validation_balanced_accuracy": "balanced accuracy"},
 )
+_GAP = _Curve(
+    "Good less bad scores, held out",
+    "score",
+    {"validation_gap": "mean", "validation_gap_std": "standard deviation"},
+)
 _ENTROPY = _Curve("Entropy", "nats per token", {"entropy": "training"})
 _CURVES = (
     _REWARD,
+    _Curve(
+        "Spread of the reward",
+        "score",
+        {"reward_std": "between answers", "disagreement": "between reward models"},
+    ),
     _KL,
     _LOSS,
     _Curve("Perplexity", "", {"validation_perplexity": "held out"}),
     _ACCURACY,
     _AUC,
+    _GAP,
+    _Curve("Calibration error, held out", "probability", {"validation_ece": "expected"}),
     _ENTROPY,
     _Curve("Answer length", "tokens", {"length": "training"}),
     _Curve("Value loss", "squared error", {"value_loss": "training"}),
@@ -333,9 +372,14 @@ _CURVES = (
         {"step_s": "whole step", "rollout_s": "rollout", "score_s": "score", "learn_s": "learn"},
         1e3,
     ),
+    _Curve("Padding", "share of the tokens computed", {"padding": "training"}),
     _Curve("Throughput", "tokens / s", {"tokens_per_s": "training"}),
     _Curve("Peak memory", "MB", {"peak_memory_bytes": "so far"}, 1e-6),
-    _Curve("Log-probability, sampled against learned", "nats", {"max_abs_dlogp": "largest gap"}),
+    _Curve(
+        "Log-probability, sampled against learned",
+        "nats",
+        {"max_abs_dlogp": "largest gap", "mean_abs_dlogp": "mean gap"},
+    ),
 )
 _COUNTS = {"step", "tokens", "learned_tokens"}  # the size of a batch is no figure of the training
 
@@ -355,6 +399,25 @@ def _curves(rows: Rows, kind: str) -> list[_Curve]:
         for curve in curves
     }
     return [replace(c, keys=present[c.title]) for c in curves if present[c.title]]
+
+
+def _held_out(rows: Rows, config: dict[str, Any]) -> list[Reliability | Histogram]:
+    """Of the validation that made the published checkpoint: the best, and the first of equals."""
+    metric = config.get("best_metric")
+    sign = -1 if metric == "loss" else 1
+    validated = [row for row in rows if _is_number(row.get(f"validation_{metric}"))]
+    if not validated:
+        return []
+    best = max(validated, key=lambda row: sign * row[f"validation_{metric}"])
+    counts = dict(best["validation_histogram"])
+    return [
+        Reliability(
+            f"Reliability at step {best['step']:,}",
+            "share that came true",
+            **best["validation_reliability"],
+        ),
+        Histogram(f"Scores at step {best['step']:,}", "answers", counts.pop("edges"), counts),
+    ]
 
 
 def _figures(rows: Rows, curves: Sequence[_Curve]) -> list[dict[str, Any]]:
@@ -538,6 +601,10 @@ def _colours() -> tuple[str, str]:
 def _points(drawing: Drawing) -> list[Any]:
     if isinstance(drawing, Bars | Spread):
         return list(drawing.values.values())
+    if isinstance(drawing, Histogram):
+        return list(drawing.counts.values())
+    if isinstance(drawing, Reliability):
+        return [drawing.said]
     return [steps for steps, _ in drawing.lines.values()]
 
 
@@ -547,7 +614,13 @@ def _draw(drawing: Drawing, figure: Any) -> None:
     axes.set_title(drawing.title, loc="left")
     axes.set_ylabel(drawing.unit)
     axes.tick_params(length=3)
-    draw = {Panel: _draw_lines, Bars: _draw_bars, Spread: _draw_spread}[type(drawing)]
+    draw = {
+        Panel: _draw_lines,
+        Bars: _draw_bars,
+        Histogram: _draw_histogram,
+        Reliability: _draw_reliability,
+        Spread: _draw_spread,
+    }[type(drawing)]
     labels = draw(drawing, axes)
     if labels > 1:
         longest = max(map(len, axes.get_legend_handles_labels()[1]))
@@ -604,6 +677,26 @@ def _draw_bars(bars: Bars, axes: Any) -> int:
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.12)
     return len(bars.values)
+
+
+def _draw_histogram(histogram: Histogram, axes: Any) -> int:
+    """Counts over each other, half transparent; returns the number of labels."""
+    for colour, (label, counts) in zip(cycle(_COLOURS), histogram.counts.items(), strict=False):
+        axes.stairs(counts, histogram.edges, fill=True, color=colour, alpha=0.35)
+        axes.stairs(counts, histogram.edges, color=colour, linewidth=1.5, label=label)
+    axes.set_xlabel("score")
+    return len(histogram.counts)
+
+
+def _draw_reliability(reliability: Reliability, axes: Any) -> int:
+    """Dots beside the diagonal; they are labelled by the axes alone."""
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
+    axes.plot(reliability.said, reliability.found, color=_COLOURS[0], linewidth=1.5)
+    area = [400 * count / sum(reliability.count) for count in reliability.count]
+    axes.scatter(reliability.said, reliability.found, area, color=_COLOURS[0], alpha=0.6)
+    axes.set_xlabel("probability that the scores say")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return 1
 
 
 def _draw_spread(spread: Spread, axes: Any) -> int:

@@ -12,8 +12,11 @@ Choices that the paper leaves open, each with its reason:
   unbiased for the sequence KL, future tokens included. `--kl-in loss` puts β times the exact KL
   over the vocabulary into the loss: less noise, but blind to how a token changes the states that
   follow. Both are the KL of the policies that are sampled, temperature included.
-- log π in that reward is what sampling computed: the learning pass would give the same number, and
-  how far the two differ is logged (`max_abs_dlogp`).
+- log π in that reward is what sampling computed: the learning pass would give the same number up to
+  rounding, and how far the two differ is logged (`mean_abs_dlogp`, `max_abs_dlogp`). Where that is
+  more than rounding (low precision, LoRA dropout) `--importance-cap` weighs each token by the ratio
+  of the two, truncated. It is off by default: it costs another pass over the head for a ratio that
+  is 1 here up to 1e-5.
 - Losses are means over the answer tokens of the batch, so a step does not grow with the answers.
 - alpha / R is 2 at the default rank, and the learning rate 10 × that of full tuning (1e-4, 1e-5).
 - Advantages are not whitened by default: the baseline centres them, and the clipped AdamW step
@@ -32,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +43,18 @@ from torch import Tensor, nn
 
 import perl_kernels as pk
 from perl import reinforce
-from perl.backbone import Backbone
+from perl.backbone import Backbone, Head
 from perl.config import ReinforceConfig
-from perl.data import Batches, Encoded, encode_prompts, prompt_room, read_rows, want_kind
+from perl.data import (
+    Batches,
+    Encoded,
+    encode_prompts,
+    load_files,
+    prompt_room,
+    read_rows,
+    want_kind,
+)
+from perl.ensemble import Rewards, combine, joined, load_reward_models
 from perl.memory import PeakMemory
 from perl.reward import load_reward_function
 from perl.rollout import Rollout, generate
@@ -71,8 +84,8 @@ class Prompt:
         return len(self.ids)
 
 
-# (answers, their prompts) -> (B,) float32 on the CPU or the backbone's device
-Scorer = Callable[[Rollout, list[Prompt]], Tensor]
+# (answers, their prompts) -> (B,) float32 on the backbone's device
+Scorer = Callable[[Rollout, list[Prompt]], Rewards]
 
 
 def train(config: ReinforceConfig) -> dict[str, Any]:
@@ -80,11 +93,9 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
     # ---- load: everything that can be refused is refused before the run folder exists
     run = Run.create(config.out, config)
     backbone = open_backbone(config, tuning=config.tuning, lora=lora_config(config), reference=True)
-    encoded = load_prompts(config, config.data, backbone)
-    prompts = with_text(encoded)
-    held_out = []
-    if config.validation:
-        held_out = with_text(load_prompts(config, config.validation, backbone))
+    load = partial(load_prompts, config, backbone)
+    encoded, validation = load_files(config.data, config.validation, load)
+    prompts, held_out = with_text(encoded), with_text(validation or Encoded())
     score = make_scorer(config, backbone)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
@@ -94,13 +105,13 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
         optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
         if checkpoint is None:
             nn.init.zeros_(optimizers["value"].parameters["score.weight"])
-    batches = Batches(prompts, config.prompts_per_step, config.seed)
+    batches = Batches(prompts, config.prompts_per_step, config.seed, encoded.mixture)
     if checkpoint:
         restore(checkpoint, optimizers, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
-        say_notes(run, config.data, encoded)
+        say_notes(run, encoded, validation)
         if run.step == 0:
             write_samples(run, 0, config, backbone, prompts, score)
             if held_out:
@@ -111,11 +122,11 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
             with clock.phase("rollout"):
                 rollout = sample(config, backbone, batch)
             with clock.phase("score"):
-                scores = score(rollout, batch)
+                rewards = score(rollout, batch)
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
                     kl = sampled_kl(config, backbone, rollout)
-                returns = reward_returns(config, scores, kl, rollout)
+                returns = reward_returns(config, rewards.reward, kl, rollout)
             with clock.phase("learn"):
                 facts = learn(config, backbone, rollout, returns)
                 norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
@@ -124,7 +135,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                     optimizer.step(step)
 
             metrics = {
-                "reward": scores.mean().item(),
+                **rewards.figures(),
                 "kl": kl.sum(1).mean().item(),  # nats per answer, sampled
                 **facts,  # with the exact "kl" where it is in the loss
                 **norms,
@@ -151,7 +162,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- loading
 
 
-def load_prompts(config: ReinforceConfig, path: str, backbone: Backbone) -> Encoded:
+def load_prompts(config: ReinforceConfig, backbone: Backbone, path: str) -> Encoded:
     """Prompts that leave room for `max_new_tokens` in the context."""
     context = backbone.config.max_position_embeddings
     room = prompt_room(config.max_tokens, config.max_new_tokens, context)
@@ -196,21 +207,23 @@ def sample(
 
 
 def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
-    """The reward model's score of prompt and answer, or what the user's function says of them."""
+    """Reward models' scores of prompt and answer as one, or what the user's function says."""
     if config.reward_function is not None:
         function = load_reward_function(config.reward_function)
-        return lambda rollout, prompts: torch.tensor(
+        return lambda rollout, prompts: Rewards(torch.tensor(
             function([p.text for p in prompts], rollout.texts(backbone.tokenizer)),
             device=backbone.device,
-        )
-    backbone.load_role("reward", config.reward_model, scalar=True)
+        ))  # fmt: skip
+    roles = load_reward_models(backbone, config.reward_model)
 
     @torch.no_grad()
-    def score(rollout: Rollout, prompts: list[Prompt]) -> Tensor:
-        return torch.cat([
-            backbone.score("reward", rollout.sequences[rows], rollout.attention_mask[rows])
+    def score(rollout: Rollout, prompts: list[Prompt]) -> Rewards:
+        scores = [
+            backbone.score(role, rollout.sequences[rows], rollout.attention_mask[rows])
+            for role in roles
             for rows in micro_batches(config.micro_batch_size, len(prompts))
-        ])  # fmt: skip
+        ]
+        return combine(torch.cat(scores).view(len(roles), -1), config.ensemble)
 
     return score
 
@@ -282,11 +295,14 @@ def learn(
     for rows in rows_of:
         with torch.no_grad():
             ref_hidden = answer_states(backbone, None, rollout, rows) if in_loss else None
+        hidden, weighed = answer_states(backbone, "policy", rollout, rows), advantage[rows]
+        if config.importance_cap is not None:
+            weighed = weighed * importance_weights(config, head, hidden.detach(), rollout, rows)
         out = pk.policy_loss(
-            answer_states(backbone, "policy", rollout, rows),
+            hidden,
             head.weight,
             ids[rows],
-            advantage[rows],
+            weighed,
             ref_hidden=ref_hidden,
             kl_coef=config.beta if in_loss else 0.0,
             mask=mask[rows],
@@ -300,12 +316,28 @@ def learn(
         entropy.append(out.entropy)
         if in_loss:
             facts["kl"] = facts.get("kl", 0.0) + out.kl.sum().item() / len(ids)
-    dlogp = (torch.cat(log_prob) - rollout.log_prob).abs()
     return facts | {
         "loss": total,
         "entropy": reinforce.masked_mean(torch.cat(entropy), mask).item(),
-        "max_abs_dlogp": dlogp.masked_fill(~mask, 0.0).max().item(),
+        **reinforce.mismatch(torch.cat(log_prob), rollout.log_prob, mask),
     }
+
+
+@torch.no_grad()
+def importance_weights(
+    config: ReinforceConfig,
+    head: Head,
+    hidden: Tensor,  # (rows, T, H)
+    rollout: Rollout,
+    rows: slice,
+) -> Tensor:  # (rows, T)
+    """The answers' tokens weighed by how likely the policy that learns finds them."""
+    ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
+    log_prob = pk.linear_log_prob(
+        hidden, head.weight, ids, temperature=config.temperature, **head.options
+    )
+    cap = config.importance_cap
+    return reinforce.importance_weights(log_prob, rollout.log_prob[rows], mask, cap)
 
 
 def answer_states(
@@ -328,16 +360,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean reward and KL of answers to held-out prompts, drawn with the same seed every time."""
     generator = torch.Generator(backbone.device).manual_seed(config.seed)
-    scores, kl = [], []
+    rewards, kl = [], []
     for start in range(0, len(prompts), config.prompts_per_step):
         batch = prompts[start : start + config.prompts_per_step]
         rollout = sample(config, backbone, batch, generator)
-        scores.append(score(rollout, batch))
+        rewards.append(score(rollout, batch))
         kl.append(sampled_kl(config, backbone, rollout).sum(1))
-    return {
-        "validation_reward": torch.cat(scores).mean().item(),
-        "validation_kl": torch.cat(kl).mean().item(),
-    }
+    figures = joined(rewards).figures() | {"kl": torch.cat(kl).mean().item()}
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def write_samples(
@@ -352,7 +382,7 @@ def write_samples(
     generator = torch.Generator(backbone.device).manual_seed(config.seed)
     batch = prompts[:SAMPLES]
     rollout = sample(config, backbone, batch, generator)
-    rewards = score(rollout, batch).tolist()
+    rewards = score(rollout, batch).reward.tolist()
     answers = rollout.texts(backbone.tokenizer)
     for prompt, answer, reward in zip(batch, answers, rewards, strict=True):
         row = {"prompt": prompt.text, "completion": answer, "reward": reward}
