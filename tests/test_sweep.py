@@ -112,8 +112,8 @@ def test_a_run_that_diverges_has_no_score_and_the_sweep_goes_on(flags, started, 
 
     plain = train_reward.bradley_terry_loss
 
-    def loss(chosen, rejected):  # the first run's alone
-        return plain(chosen, rejected) * (math.nan if len(started) == 1 else 1.0)
+    def loss(*scores, **terms):  # the first run's alone
+        return plain(*scores, **terms) * (math.nan if len(started) == 1 else 1.0)
 
     monkeypatch.setattr(train_reward, "bradley_terry_loss", loss)
     result = sweep.run("reward", RewardConfig, flags | {"sweep": ["lr=1e-3,1e-4"]})
