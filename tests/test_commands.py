@@ -48,8 +48,15 @@ def fake(monkeypatch, script):
 
 
 def test_commands_run_side_by_side_and_their_names_come_back(tmp_path, monkeypatch):
-    meet = "import sys, pathlib, time\nhere = pathlib.Path(sys.argv[1])\nhere.touch()\n"
-    meet += "while len(list(here.parent.glob('*-here'))) < 2: time.sleep(0.01)\n"
+    meet = (
+        "import sys, pathlib, time\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "here.touch()\n"
+        "for _ in range(3000):\n"
+        "    if len(list(here.parent.glob('*-here'))) == 2: sys.exit()\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit('error: alone')\n"
+    )
     fake(monkeypatch, meet)
     done = []
     lines = {name: [str(tmp_path / f"{name}-here")] for name in "ab"}

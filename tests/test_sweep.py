@@ -10,6 +10,7 @@ from _tiny import save_tiny
 
 from perl import cli, sweep
 from perl.config import RewardConfig, UsageError
+from perl.run import Interrupted
 
 
 class InThisProcess:
@@ -111,12 +112,32 @@ def test_a_run_that_diverges_has_no_score_and_the_sweep_goes_on(flags, started, 
 
     plain = train_reward.bradley_terry_loss
 
-    def loss(chosen, rejected):  # the first run's alone
-        return plain(chosen, rejected) * (math.nan if len(started) == 1 else 1.0)
+    def loss(*scores, **terms):  # the first run's alone
+        return plain(*scores, **terms) * (math.nan if len(started) == 1 else 1.0)
 
     monkeypatch.setattr(train_reward, "bradley_terry_loss", loss)
     result = sweep.run("reward", RewardConfig, flags | {"sweep": ["lr=1e-3,1e-4"]})
     assert result["runs"]["lr=0.001"] == {"lr": 0.001} and result["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    "code, error, words",
+    [
+        (130, Interrupted, "goes on with the same command"),
+        (2, UsageError, "lr=0.1 ended with exit"),
+    ],
+)
+def test_a_stopped_or_failed_run_ends_the_sweep(flags, monkeypatch, tmp_path, code, error, words):
+    class Ends:
+        def __init__(self, line, **streams): ...
+
+        def wait(self):
+            return code
+
+    monkeypatch.setattr(sweep, "start", Ends)
+    with pytest.raises(error, match=words):
+        sweep.run("reward", RewardConfig, flags | {"sweep": ["lr=0.1"]})
+    assert json.loads((tmp_path / "sweep/sweep.json").read_text())["runs"] == {}
 
 
 def test_everything_is_checked_before_the_first_run(flags, started):
