@@ -334,8 +334,6 @@ AGAIN = (
     head.test_log_prob_and_entropy,
     head.test_a_masked_class_has_no_say,
     head.test_one_factor_of_an_adapter_may_train_alone,
-    head.test_opcheck,
-    head.test_compiles_without_a_graph_break,
 )
 
 
