@@ -22,7 +22,11 @@ from torch.utils.cpp_extension import include_paths
 SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
 TARGETS = ["80", "90a", "100"]
 NVCC = shutil.which("nvcc")
-NO_PRODUCT = ("logits_", "sum_parts_")  # kernels that have nothing for the tensor cores
+NO_PRODUCT = (
+    "logits_",
+    "sum_parts_",
+    "head_rows_",
+)  # kernels that have nothing for the tensor cores
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<target>sm_\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"

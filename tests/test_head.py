@@ -819,35 +819,27 @@ def test_gradients_that_do_not_exist_are_refused():
 def of_blocks(low):
     """What the route "blocks" of a GPU is held to, wherever it can run: tests of this file, and
     what they take after `backend`. low: a dtype of 16 bits."""
-    sizes, capped, single = SIZES[0], OPTIONS[3], torch.float32
+    sizes, capped, single = (7, 33, 300), OPTIONS[3], torch.float32
     gradient = test_gradient_over_a_frozen_head
     return [
         (gradient, (("log_prob",), 30.0, sizes, {}, single)),
-        (gradient, (("log_prob",), 2.0, sizes, capped, low)),
         (gradient, (("log_prob", "kl"), 2.0, sizes, capped, single)),
         (gradient, (("log_prob", "kl"), 8.0, sizes, {}, low)),
         (gradient, (("kl",), 30.0, sizes, {}, single)),
-        (test_log_prob_and_entropy, (sizes, capped, single)),
-        (test_kl, (sizes, capped, single)),
-        (test_kl, (sizes, {}, low)),
+        (test_kl, (sizes, capped, low)),
         (test_adapter, (False, capped, single, 5)),
-        (test_adapter, (True, {}, low, 16)),
         (test_policy_loss, (single, "mean", 0.4, 5)),
-        (test_policy_loss, (low, "sum", 0.4, 8)),
-        (test_policy_loss, (low, "mean", None, 5)),
-        (test_policy_loss, (single, "mean", 0.4, 0)),
+        (test_policy_loss, (low, "sum", 0.4, 0)),
+        (test_policy_loss, (low, "mean", None, 8)),
         (test_the_first_step_of_every_form_is_reinforce, ()),
         (test_a_ratio_beyond_its_bound_has_no_gradient, ()),
         (test_kl_gives_the_log_probs_of_both_sides, ()),
-        (test_one_factor_of_an_adapter_may_train_alone, ()),
         (test_no_token_counts, (0,)),
         (test_no_token_counts, (5,)),
         (test_a_masked_class_has_no_say, ()),
         (test_a_constant_offset_of_the_logits_costs_no_more_than_its_own_rounding, (-1e4,)),
         (test_no_divergence_has_no_gradient, (3.0, low)),
         (test_leading_dimensions_and_strides, ()),
-        (test_opcheck, ()),
-        (test_compiles_without_a_graph_break, (3,)),
     ]
 
 
