@@ -69,6 +69,7 @@ def generate(
     batch_size: int = 0,
     generator: torch.Generator | None = None,
     draws: Tensor | None = None,  # (B, max_new_tokens) float64 in [0, 1)
+    ended: Callable[[int], object] | None = None,
 ) -> Rollout:
     """Answers of at most `max_new_tokens` tokens under a role (None: the reference).
 
@@ -77,6 +78,7 @@ def generate(
     batch_size: rows at once, whatever the number of prompts; 0 = all. Memory goes with it.
     generator: on the backbone's device; its state alone decides the draws. draws: in its place,
     where a process answers some rows of what several together draw with `draw`.
+    ended: told of how many more answers have ended, as a progress bar's `update` is.
 
     `log_prob` is log π(token) of the policy that learns: with temperature applied, before top-k and
     top-p cut its tail, as `pk.policy_loss` computes it again. At temperature 0 it is that of
@@ -95,12 +97,16 @@ def generate(
 
     batch = _Batch(backbone, role, prompts, max_new_tokens, batch_size, draws, choose)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    going = len(prompts)
     while waiting or batch.taken:
         if waiting and batch.taken <= batch.refill_at:
             free = batch.rows - batch.taken
             batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
         else:
             batch.advance()
+        if ended and len(waiting) + batch.taken < going:
+            ended(going - len(waiting) - batch.taken)
+        going = len(waiting) + batch.taken
     return batch.rollout()
 
 

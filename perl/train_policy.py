@@ -54,6 +54,7 @@ from perl.data import (
     read_rows,
     want_kind,
 )
+from perl.ensemble import Rewards, combine, joined, load_reward_models
 from perl.memory import PeakMemory
 from perl.reward import load_reward_function
 from perl.rollout import Rollout, generate
@@ -83,8 +84,8 @@ class Prompt:
         return len(self.ids)
 
 
-# (answers, their prompts) -> (B,) float32 on the CPU or the backbone's device
-Scorer = Callable[[Rollout, list[Prompt]], Tensor]
+# (answers, their prompts) -> (B,) float32 on the backbone's device
+Scorer = Callable[[Rollout, list[Prompt]], Rewards]
 
 
 def train(config: ReinforceConfig) -> dict[str, Any]:
@@ -121,11 +122,11 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
             with clock.phase("rollout"):
                 rollout = sample(config, backbone, batch)
             with clock.phase("score"):
-                scores = score(rollout, batch)
+                rewards = score(rollout, batch)
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
                     kl = sampled_kl(config, backbone, rollout)
-                returns = reward_returns(config, scores, kl, rollout)
+                returns = reward_returns(config, rewards.reward, kl, rollout)
             with clock.phase("learn"):
                 facts = learn(config, backbone, rollout, returns)
                 norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
@@ -134,7 +135,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                     optimizer.step(step)
 
             metrics = {
-                "reward": scores.mean().item(),
+                **rewards.figures(),
                 "kl": kl.sum(1).mean().item(),  # nats per answer, sampled
                 **facts,  # with the exact "kl" where it is in the loss
                 **norms,
@@ -206,21 +207,23 @@ def sample(
 
 
 def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
-    """The reward model's score of prompt and answer, or what the user's function says of them."""
+    """Reward models' scores of prompt and answer as one, or what the user's function says."""
     if config.reward_function is not None:
         function = load_reward_function(config.reward_function)
-        return lambda rollout, prompts: torch.tensor(
+        return lambda rollout, prompts: Rewards(torch.tensor(
             function([p.text for p in prompts], rollout.texts(backbone.tokenizer)),
             device=backbone.device,
-        )
-    backbone.load_role("reward", config.reward_model, scalar=True)
+        ))  # fmt: skip
+    roles = load_reward_models(backbone, config.reward_model)
 
     @torch.no_grad()
-    def score(rollout: Rollout, prompts: list[Prompt]) -> Tensor:
-        return torch.cat([
-            backbone.score("reward", rollout.sequences[rows], rollout.attention_mask[rows])
+    def score(rollout: Rollout, prompts: list[Prompt]) -> Rewards:
+        scores = [
+            backbone.score(role, rollout.sequences[rows], rollout.attention_mask[rows])
+            for role in roles
             for rows in micro_batches(config.micro_batch_size, len(prompts))
-        ])  # fmt: skip
+        ]
+        return combine(torch.cat(scores).view(len(roles), -1), config.ensemble)
 
     return score
 
@@ -357,16 +360,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean reward and KL of answers to held-out prompts, drawn with the same seed every time."""
     generator = torch.Generator(backbone.device).manual_seed(config.seed)
-    scores, kl = [], []
+    rewards, kl = [], []
     for start in range(0, len(prompts), config.prompts_per_step):
         batch = prompts[start : start + config.prompts_per_step]
         rollout = sample(config, backbone, batch, generator)
-        scores.append(score(rollout, batch))
+        rewards.append(score(rollout, batch))
         kl.append(sampled_kl(config, backbone, rollout).sum(1))
-    return {
-        "validation_reward": torch.cat(scores).mean().item(),
-        "validation_kl": torch.cat(kl).mean().item(),
-    }
+    figures = joined(rewards).figures() | {"kl": torch.cat(kl).mean().item()}
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def write_samples(
@@ -381,7 +382,7 @@ def write_samples(
     generator = torch.Generator(backbone.device).manual_seed(config.seed)
     batch = prompts[:SAMPLES]
     rollout = sample(config, backbone, batch, generator)
-    rewards = score(rollout, batch).tolist()
+    rewards = score(rollout, batch).reward.tolist()
     answers = rollout.texts(backbone.tokenizer)
     for prompt, answer, reward in zip(batch, answers, rewards, strict=True):
         row = {"prompt": prompt.text, "completion": answer, "reward": reward}

@@ -265,25 +265,44 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     assert not after.allclose(before, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_reward_models_folder_gives_the_reward(world, kind):
-    """Each answer's score is what the saved reward model says of it alone, without padding."""
-    source = Backbone.load(world / "base", tuning=kind, lora=pk.LoRAConfig(r=2))
-    source.add_role("reward", scalar=True)
-    perturb(source.trainable("reward"))
-    source.save_role("reward", world / "reward")
+@pytest.mark.parametrize("kinds, ensemble", [
+    (["lora"], None), (["full"], None), (["lora", "full"], None), (["lora", "lora"], "min"),
+])  # fmt: skip
+def test_reward_models_folders_give_the_reward(world, kinds, ensemble):
+    """Each answer's score is what the saved reward models say of it alone, without padding."""
+    sources, folders = [], []
+    for i, kind in enumerate(kinds):
+        sources.append(Backbone.load(world / "base", tuning=kind, lora=pk.LoRAConfig(r=2)))
+        sources[-1].add_role("reward", scalar=True)
+        perturb(sources[-1].trainable("reward"), seed=i)
+        folders.append(str(world / f"reward{i}"))
+        sources[-1].save_role("reward", folders[-1])
     config = make_config(
-        world, reward_function=None, reward_model=str(world / "reward"), micro_batch_size=3
+        world, reward_function=None, reward_model=folders, ensemble=ensemble, micro_batch_size=2
     )
     backbone, rollout, _ = scene(world, "lora", "float32")
-    prompts = [Prompt("", [])] * 3
-    scores = make_scorer(config, backbone)(rollout, prompts)
-    for ids, mask, score in zip(*rollout[:2], scores, strict=True):
-        ids = ids[mask.bool()][None]
-        alone = source.score("reward", ids, torch.ones_like(ids))
-        torch.testing.assert_close(score, alone[0].detach())
-    assert scores.std() > 1e-3
-    train(config)
+    rewards = make_scorer(config, backbone)(rollout, [Prompt("", [])] * 3)
+    alone = torch.stack([
+        torch.cat([
+            source.score("reward", ids[mask.bool()][None], mask[mask.bool()][None])
+            for ids, mask in zip(*rollout[:2], strict=True)
+        ])
+        for source in sources
+    ]).detach()  # fmt: skip
+    wanted = alone.amin(0) if ensemble == "min" else alone.mean(0)
+    torch.testing.assert_close(rewards.reward, wanted)
+    assert wanted.std() > 1e-3
+    if len(kinds) == 1:
+        assert rewards.disagreement is None
+    else:
+        torch.testing.assert_close(rewards.disagreement, (alone[0] - alone[1]).abs() / 2)
+
+
+def test_reward_models_train_a_policy(world):
+    source = Backbone.load(world / "base", lora=pk.LoRAConfig(r=2))
+    source.add_role("reward", scalar=True)
+    source.save_role("reward", world / "reward")
+    train(make_config(world, reward_function=None, reward_model=str(world / "reward")))
     assert lines(world / "run/metrics.jsonl")[-1]["reward"] is not None
 
 
