@@ -15,8 +15,8 @@ Choices that the paper leaves open, each with its reason:
 - log π in that reward is what sampling computed: the learning pass would give the same number up to
   rounding, and how far the two differ is logged (`mean_abs_dlogp`, `max_abs_dlogp`). Where that is
   more than rounding (low precision, LoRA dropout) `--importance-cap` weighs each token by the ratio
-  of the two, truncated. It is off by default: it costs another pass over the head for a ratio that
-  is 1 here up to 1e-5.
+  of the two, truncated. It is off by default: another pass over the head, for a ratio that is 1 up
+  to rounding otherwise.
 - Losses are means over the answer tokens of the batch, so a step does not grow with the answers.
 - alpha / R is 2 at the default rank, and the learning rate 10 × that of full tuning (1e-4, 1e-5).
 - Advantages are not whitened by default: the baseline centres them, and the clipped AdamW step
