@@ -116,7 +116,7 @@ class Backbone:
         self.sharded = False
         model.eval().requires_grad_(False)
         if tuning == "lora":
-            pk.lean_blocks(model)
+            pk.lean_blocks(model)  # before any role: the reference's bits are the same after one
         self.identity = _identity(model, name)
         _check_head(self)
 
@@ -428,7 +428,6 @@ class Backbone:
         _check_base(folder, self.identity)
         model = self.model if self.tuning == "lora" else copy.deepcopy(self.model)
         weight = _load_adapter(model, folder, name, self.name).get("score.weight")
-        pk.lean_blocks(model)
         score = None
         if weight is not None:
             if weight.shape != (1, _hidden_size(self.config)):

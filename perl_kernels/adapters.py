@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .blocks import lean_blocks, plain_blocks
 from .layers import (
     Adapter,
     LoRAEmbedding,
@@ -382,13 +383,19 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 # ------------------------------------------------------------------------------------------------
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, adapter_name: str = "default", *, lean: bool = True
+) -> nn.Module:
     """Put an adapter on `model`, in place; outputs stay the same until it is trained.
 
     The first call freezes every parameter of the model and makes its adapter the active one. A
     call with another adapter_name adds an adapter, frozen until `set_adapter`; it may have other
     targets and another rank. With tied embeddings an adapter on "lm_head" changes the output
     logits only: the shared matrix stays as it is.
+
+    Args:
+        lean: also let the model's gated MLPs and RMSNorms keep less for backward (`lean_blocks`),
+            where the results are proven to be the same.
 
     Returns:
         The same model.
@@ -425,6 +432,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter_name: str = "defaul
         layer.adapters[adapter_name] = adapter
     for parameter in trained_beside(model, config.bias, config.modules_to_save).values():
         parameter.requires_grad_(True)
+    if lean:
+        lean_blocks(model)
     return model
 
 
@@ -679,12 +688,13 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """Put the base layers back where they were and drop all adapters; merged weights stay merged.
+    """Put base layers and blocks back as they were and drop all adapters; merged weights stay.
 
     After `merge_lora` this leaves a plain model that its own `save_pretrained` writes.
     """
     for name, layer in reversed(lora_layers(model).items()):  # the inner of two wrappers first
         _replace(model, name, layer.base_layer)
+    plain_blocks(model)
     return model
 
 

@@ -1,7 +1,7 @@
 """Blocks around adapted layers that keep less for backward than the model's own code does.
 
-    pk.apply_lora(model, config)        # or accelerate_peft(model)
-    pk.lean_blocks(model)
+    pk.apply_lora(model, config)        # or accelerate_peft(model): both make the blocks lean
+    pk.lean_blocks(model, save="input")         # leaner still
 
 Gated MLP, down(act(gate(x)) * up(x)): becomes one `pk.lora_mlp`. Autograd keeps 4 F elements a
 token of it, lora_mlp 2 F, or none with save="input"; F is 2.5 to 4 times the width D.
@@ -17,7 +17,8 @@ that of gate and up; 2 for the inputs of two norms; 5.3 in the MLP. 13.3 in plac
 Blocks are found by structure, whatever the model and its modules are called, and the structure is
 proven: the module's own forward, with small random parameters in the place of its own, has to give
 what the formula gives, in training and in eval mode. What is not proven stays as it is. Parameters,
-names, hooks and state_dict stay too; only the module's class changes, to a subclass of its own.
+names, hooks and state_dict stay too; only the module's class changes, to a subclass of its own,
+until `unload_lora`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import dimensions_of, is_linear
+from .layers import dimensions_of, has_hooks, is_linear, is_wrapper
 from .lora_mlp import ACTIVATIONS, SAVE, LoRAProjection, lora_mlp
 from .lora_mlp.reference import activate
 from .rms_norm import CASTING_MODES, reference, rms_norm
@@ -56,18 +57,21 @@ class RMSNorm(NamedTuple):
     casting_mode: str
 
 
-def lean_blocks(model: nn.Module, *, save: str = "gate_up") -> list[str]:
+def lean_blocks(model: nn.Module, *, save: str | None = None) -> list[str]:
     """Let the gated MLPs and RMSNorms of `model` keep less for backward, in place.
 
+    `apply_lora`, `load_adapter` and `accelerate_peft` do it by default; call it to change `save`.
+
     Results are the same up to rounding, except that with adapter dropout gate and up share one
-    mask, as projections of one `lora_linear` do. An MLP computes by its own code where nothing is
-    kept (no gradient), and as long as an adapter of it is disabled, merged, different from row to
-    row or not fused (`pk.explain`); a norm where its weight is trained, or of another type than x.
-    Call it again to change `save`.
+    mask, as projections of one `lora_linear` do. An MLP computes by its own code without gradient
+    and dropout, where it has a child with hooks or another forward, and as long as an adapter of it
+    is disabled, merged, different from row to row or not fused; a norm where its weight is trained,
+    or of another type than x. `pk.explain` lists the blocks.
 
     Args:
         save: what an MLP keeps beside its input: "gate_up", 2 F elements a token; "input", nothing,
-            and gate and up are computed again in backward, a third more work for the block.
+            and gate and up are computed again in backward, a third more work for the block. None:
+            as it does already, and "gate_up" at first.
 
     Returns:
         The names of the blocks, in the model's order; empty where nothing has the structure.
@@ -75,55 +79,89 @@ def lean_blocks(model: nn.Module, *, save: str = "gate_up") -> list[str]:
     Raises:
         ValueError: save is neither.
     """
-    if save not in SAVE:
+    if save is not None and save not in SAVE:
         raise ValueError(f"save is {save!r}; wanted one of {', '.join(SAVE)}")
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, (LeanGatedMLP, LeanRMSNorm)) and not _make_lean(module):
             continue
-        if isinstance(module, LeanGatedMLP):
-            module.save = save
+        if isinstance(module, LeanGatedMLP) and save is not None:
+            module.lean_save = save
         found.append(name)
     return found
 
 
+def plain_blocks(model: nn.Module) -> None:
+    """Take `lean_blocks` back: every block is of its own class again."""
+    for module in model.modules():
+        if isinstance(module, LeanBlock):
+            module.__class__ = module.lean_of
+            del module.lean_structure
+            vars(module).pop("lean_save", None)
+
+
 def _make_lean(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     for structure_of, lean in ((gated_mlp_of, LeanGatedMLP), (rms_norm_of, LeanRMSNorm)):
         structure = structure_of(module)
         if structure is not None:
             module.__class__ = _lean(lean, type(module))
-            module.structure = structure
+            module.lean_structure = structure
             return True
     return False
 
 
 @functools.cache
-def _lean(lean: type, kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Lean{kind.__name__}", (lean, kind), {"__module__": __name__})
+def _lean(lean: type[LeanBlock], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Lean{kind.__name__}", (lean, kind), {"__module__": __name__, "lean_of": kind})
 
 
-class LeanGatedMLP:
+def _empty(lean: type[LeanBlock], kind: type[nn.Module]) -> nn.Module:
+    made = _lean(lean, kind)
+    return made.__new__(made)
+
+
+class LeanBlock:
+    """What lean blocks share: they are copied and pickled by the classes that they are made of.
+
+    Names begin with lean, so that they hide none of the block's own.
+    """
+
+    lean_of: type[nn.Module]  # its own class
+    lean_structure: NamedTuple
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty, type(self).__bases__, *state
+
+
+class LeanGatedMLP(LeanBlock):
     """The forward of a gated MLP by one op, where its three layers are what that op computes."""
 
-    structure: GatedMLP
-    save: str
+    lean_save = "gate_up"
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.projections(x.dtype) if torch.is_grad_enabled() else None
-        if parts is None:
+        learns = torch.is_grad_enabled()
+        parts = self.lean_projections(x.dtype) if learns or self.training else None
+        # Without gradient its own code is faster for few rows; but with dropout a reentrant
+        # checkpoint has to draw at first the masks that it draws again with gradient.
+        if parts is None or not (learns or parts[0][1] > 0.0):
             return super().forward(x)
         return lora_mlp(
             x,
             *(projection for projection, _ in parts),
-            activation=self.structure.activation,
+            activation=self.lean_structure.activation,
             dropout_p=parts[0][1],
-            save=self.save,
+            save=self.lean_save,
         )
 
-    def projections(self, dtype: torch.dtype) -> list[tuple[LoRAProjection, float]] | None:
+    def lean_projections(self, dtype: torch.dtype) -> list[tuple[LoRAProjection, float]] | None:
         """Gate, up and down with their dropout for an x of that dtype; None: not for the op."""
-        layers = [getattr(self, name) for name in self.structure[:3]]
-        if not all(hasattr(layer, "as_projection") for layer in layers):
+        layers = [getattr(self, name) for name in self.lean_structure[:3]]
+        if not all(hasattr(type(layer), "as_projection") for layer in layers):
+            return None  # of the type: a wrapper may pass on its module's attributes
+        if any(has_hooks(child) or "forward" in vars(child) for child in self.children()):
             return None
         parts = [layer.as_projection(dtype) for layer in layers]
         if None in parts or len({dropout_p for _, dropout_p in parts}) > 1:
@@ -131,15 +169,24 @@ class LeanGatedMLP:
         return parts
 
 
-class LeanRMSNorm:
+class LeanRMSNorm(LeanBlock):
     """The forward of an RMSNorm that keeps its input as it came."""
 
-    structure: RMSNorm
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad or x.dtype != self.weight.dtype or x.dtype == torch.float64:
+        if self.why_not_lean(x.dtype):
             return super().forward(x)
-        return rms_norm(x, self.weight, **self.structure._asdict())
+        return rms_norm(x, self.weight, **self.lean_structure._asdict())
+
+    def why_not_lean(self, dtype: torch.dtype) -> str:
+        """Why an x of that dtype goes through the module's own forward; "" where it does not."""
+        weight = self.weight
+        if weight.requires_grad:
+            return "its weight is trained"
+        if is_wrapper(weight):
+            return f"its weight is a {type(weight).__name__}"
+        if dtype != weight.dtype or dtype == torch.float64:
+            return f"its weight is {weight.dtype} and x is {dtype}"
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -190,7 +237,7 @@ def _is_proven(module: nn.Module, structure: GatedMLP) -> bool:
     probe = copy.copy(module)  # its own dictionaries, so that the module's stay as they are
     probe._modules = dict(module._modules) | dict(zip(names, layers, strict=True))
     probe._parameters, probe._buffers = {}, {}
-    x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(7, 4, generator=generator, dtype=torch.float64, device="cpu")
     x = torch.cat([x, 100 * x])[None]  # the large ones meet any limit
     with torch.no_grad():
         expected = down(activate(gate(x), activation) * up(x))
@@ -231,9 +278,9 @@ def rms_norm_of(module: nn.Module) -> RMSNorm | None:
 
 def _is_proven_norm(module: nn.Module, features: int, structure: RMSNorm) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 6, features, generator=generator)
+    x = torch.randn(1, 6, features, generator=generator, device="cpu")
     x = torch.cat([x, 1e-3 * x])  # the small ones show eps
-    weight = torch.randn(features, generator=generator)
+    weight = torch.randn(features, generator=generator, device="cpu")
     probe = copy.copy(module)
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):

@@ -3,8 +3,9 @@
     print(pk.explain(model))
 
 One row for every module that carries LoRA, ours (`apply_lora`, `load_adapter`) or the peft
-package's (`accelerate_peft` was called or not). The answer comes from the same questions that the
-layers ask in every call, for an x of the weight's own type and no autocast.
+package's (`accelerate_peft` was called or not), and one for every lean block. The answer comes from
+the same questions that the layers ask in every call, for an x of the weight's own type and no
+autocast.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import NamedTuple
 from torch import nn
 
 from ._library import backend_of, missing
-from .blocks import LeanGatedMLP
+from .blocks import LeanBlock, LeanGatedMLP
 from .layers import LoRALayer, LoRALinear, why_unfused
 from .peft import active_in_peft, why_peft
 
-__all__ = ["Explanation", "ModuleRoute", "explain"]
+__all__ = ["BlockRoute", "Explanation", "ModuleRoute", "explain"]
 
 
 class ModuleRoute(NamedTuple):
@@ -42,11 +43,24 @@ class ModuleRoute(NamedTuple):
     why: str
 
 
-class Explanation(Sequence[ModuleRoute]):
-    """The rows of `pk.explain`, in the model's order; prints as a table."""
+class BlockRoute(NamedTuple):
+    """One lean block (`lean_blocks`).
 
-    def __init__(self, rows: Sequence[ModuleRoute]) -> None:
-        self._rows = tuple(rows)
+    block: its name in the model. base: its own class. route: "lora_mlp" or "rms_norm", or "own
+    code". why: what the op computes and keeps, or the reason why it does not run.
+    """
+
+    block: str
+    base: str
+    route: str
+    why: str
+
+
+class Explanation(Sequence[ModuleRoute]):
+    """The rows of `pk.explain`, in the model's order, and `blocks`; prints as two tables."""
+
+    def __init__(self, rows: Sequence[ModuleRoute], blocks: Sequence[BlockRoute]) -> None:
+        self._rows, self.blocks = tuple(rows), tuple(blocks)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,11 +78,17 @@ class Explanation(Sequence[ModuleRoute]):
             shape = " x ".join(map(str, row.shape))
             table.append((row.module, row.base, shape, adapters, row.route, row.why))
         table[0] = tuple(field for field in ModuleRoute._fields if field != "active")
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        )
+        if not self.blocks:
+            return _aligned(table)
+        return f"{_aligned(table)}\n\n{_aligned([BlockRoute._fields, *self.blocks])}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -79,6 +99,7 @@ def explain(model: nn.Module) -> Explanation:
 
     Returns:
         A sequence of `ModuleRoute` named tuples that prints as a table; `*` marks active adapters.
+        Its `blocks` are the `BlockRoute` of every lean block.
 
     Raises:
         ValueError: the model has no LoRA layers.
@@ -89,16 +110,14 @@ def explain(model: nn.Module) -> Explanation:
             f"{type(model).__name__} has no LoRA layers; call apply_lora, load_adapter or "
             "peft.get_peft_model first"
         )
-    return Explanation(rows)
+    return Explanation(rows, list(_blocks(model)))
 
 
 def _rows(model: nn.Module) -> Iterator[ModuleRoute]:
     in_lean_blocks = set()
     for name, module in model.named_modules():
-        if isinstance(module, LeanGatedMLP):
-            layers = [getattr(module, child) for child in module.structure[:3]]
-            if module.projections(layers[0].weight.dtype) is not None:
-                in_lean_blocks.update(layers)
+        if isinstance(module, LeanGatedMLP) and _is_one_op(module):
+            in_lean_blocks.update(getattr(module, child) for child in module.lean_structure[:3])
         if isinstance(module, LoRALayer):
             row = _ours(name, module)
         elif hasattr(module, "lora_A") and hasattr(module, "base_layer"):
@@ -106,6 +125,28 @@ def _rows(model: nn.Module) -> Iterator[ModuleRoute]:
         else:
             continue
         yield row._replace(route="lora_mlp") if module in in_lean_blocks else row
+
+
+def _is_one_op(block: LeanGatedMLP) -> bool:
+    return (
+        block.lean_projections(getattr(block, block.lean_structure.gate).weight.dtype) is not None
+    )
+
+
+def _blocks(model: nn.Module) -> Iterator[BlockRoute]:
+    for name, block in model.named_modules():
+        if not isinstance(block, LeanBlock):
+            continue
+        if isinstance(block, LeanGatedMLP):
+            route = "lora_mlp" if _is_one_op(block) else "own code"
+            keeps = "input, gate and up" if block.lean_save == "gate_up" else "input"
+            why = f"{block.lean_structure.activation}, keeps {keeps}"
+            if route == "own code":
+                why = "its layers do not go through one op: see their rows"
+        else:
+            why = block.why_not_lean(block.weight.dtype)
+            route, why = ("own code", why) if why else ("rms_norm", "keeps its input as it came")
+        yield BlockRoute(name, block.lean_of.__name__, route, why)
 
 
 def _base(layer: nn.Module) -> nn.Module:

@@ -350,9 +350,14 @@ def why_unfused(base: nn.Module) -> str:
         return "its forward was replaced"
     if has_hooks(base):
         return "it has hooks"
-    if hasattr(type(base.weight), "__tensor_flatten__"):
+    if is_wrapper(base.weight):
         return f"its weight is a {type(base.weight).__name__}"
     return ""
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether it is of a wrapper subclass, a DTensor for example, which kernels cannot read."""
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def has_hooks(module: nn.Module) -> bool:

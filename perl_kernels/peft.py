@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from .adapters import (
     target_name,
     trained_beside,
 )
+from .blocks import lean_blocks
 from .layers import (
     LoRAEmbedding,
     LoRALayer,
@@ -44,6 +45,7 @@ from .layers import (
 )
 from .lora_linear import lora_linear
 from .lora_mlp import LoRAProjection
+from .multi_lora_linear import multi_lora_linear
 
 __all__ = ["accelerate_peft", "load_adapter", "save_adapter"]
 
@@ -193,7 +195,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default"
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    lean: bool = True,
 ) -> dict[str, Tensor]:
     """Put the adapter of a PEFT folder on `model`, under any name.
 
@@ -201,6 +207,9 @@ def load_adapter(
     folder's configuration: active if it is the model's first, else waiting for `set_adapter`.
     Where it has one, its tensors are replaced; modules, ranks and scales must agree, and dropout
     and dtype stay as they are in the model.
+
+    Args:
+        lean: as in `apply_lora`, where the adapter is new.
 
     Returns:
         What the folder has trained beside the adapter, on the CPU: {"score.weight": (1, H)} for a
@@ -227,7 +236,7 @@ def load_adapter(
         raise ValueError(f"{folder}: {error}") from None
 
     if not exists:
-        apply_lora(model, config, adapter_name)
+        apply_lora(model, config, adapter_name, lean=lean)
     with torch.no_grad():
         for name, layer in lora_layers(model, adapter_name).items():
             a, b = _keys_of(name, layer)
@@ -247,8 +256,8 @@ _READ = {
     "layers_to_transform", "layers_pattern", "target_parameters", "bias",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 _OFF = (None, False, "none", [], {})
 _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
@@ -448,15 +457,20 @@ def _split_trained(
 # ------------------------------------------------------------------------------------------------
 
 
-def accelerate_peft(peft_model: nn.Module) -> nn.Module:
+def accelerate_peft(peft_model: nn.Module, *, lean: bool = True) -> nn.Module:
     """Let the LoRA layers that the peft package put on a model compute through `lora_linear`.
 
     In place. Parameters, state_dict keys, saving, set_adapter, disable_adapter and merging are
-    PEFT's and unchanged: a layer looks at its active adapters in every call. What is not plain
-    LoRA on nn.Linear or Conv1D (DoRA and other variants, a bias in lora_B, several active adapters,
-    adapter_names, quantised bases, embeddings, expert weights, modules with hooks) is computed by
-    PEFT itself; `pk.explain` lists it with the reason. Call it again after adding an adapter with
-    new target modules.
+    PEFT's and unchanged: a layer looks at its active adapters in every call. With `adapter_names`
+    in a call of the model, as PEFT takes them in eval mode, every row goes through its own adapter
+    by `multi_lora_linear`, in backward too. What is not plain LoRA on nn.Linear or Conv1D (DoRA and
+    other variants, a bias in lora_B, several active adapters with dropout, quantised bases,
+    embeddings, expert weights, modules with hooks) is computed by PEFT itself; `pk.explain` lists
+    it with the reason. Call it again after adding an adapter with new target modules; of a TRL
+    trainer that wraps the model itself (`peft_config`), on `trainer.model`.
+
+    Args:
+        lean: as in `apply_lora`. With dropout, gate and up of a lean MLP share one mask.
 
     Returns:
         The same model.
@@ -475,6 +489,8 @@ def accelerate_peft(peft_model: nn.Module) -> nn.Module:
             f"{type(peft_model).__name__} has no LoRA layer of peft on nn.Linear or Conv1D; wrap "
             "it with peft.get_peft_model first, or use apply_lora"
         )
+    if lean:
+        lean_blocks(peft_model)
     return peft_model
 
 
@@ -491,9 +507,17 @@ class _FusedForward:
     """The forward of peft's lora.Linear, where it is plain LoRA with one adapter; else PEFT's."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        found = None if args or kwargs else self.as_projection(x.dtype)
+        y = None
+        if not args and not kwargs:
+            y = self._forward_alike(x)
+        elif not args and kwargs.keys() == {"adapter_names"}:
+            y = self._forward_per_row(x, kwargs["adapter_names"])
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+    def _forward_alike(self, x: Tensor) -> Tensor | None:
+        found = self.as_projection(x.dtype)
         if found is None:
-            return super().forward(x, *args, **kwargs)
+            return None
         (weight, a, b, bias, scale), dropout_p = found
         return lora_linear(x, weight, a, b, bias=bias, scale=scale, dropout_p=dropout_p)
 
@@ -501,12 +525,41 @@ class _FusedForward:
         """As `LoRALinear.as_projection`."""
         if why_peft(self, dtype):
             return None
-        (name,) = active_in_peft(self)
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return LoRAProjection(weight, a, b, base.bias, self.scaling[name]), dropout_p
+        names = active_in_peft(self)
+        scale = self.scaling[names[0]]
+        a, b = (factors[names[0]].weight for factors in (self.lora_A, self.lora_B))
+        if len(names) > 1:  # side by side they are one adapter, of the sum of their ranks
+            a = torch.cat([self.lora_A[name].weight for name in names])
+            shares = {name: self.scaling[name] / scale for name in names}
+            b = torch.cat([k * self.lora_B[name].weight for name, k in shares.items()], dim=1)
+        projection = LoRAProjection(self._weight, a, b, self.base_layer.bias, scale)
+        return projection, self.dropout_of(names[0])
+
+    def _forward_per_row(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor | None:
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
+        dropouts = {self.dropout_of(name) for name in names}
+        if len(x) != len(adapter_names) or len(dropouts) != 1 or why_peft(self, x.dtype, names):
+            return None
+        numbers = [names.index(name) if name in names else -1 for name in adapter_names]
+        return multi_lora_linear(
+            x,
+            self._weight,
+            [self.lora_A[name].weight for name in names],
+            [self.lora_B[name].weight for name in names],
+            torch.tensor(numbers, device=x.device),
+            bias=self.base_layer.bias,
+            scale=[self.scaling[name] for name in names],
+            dropout_p=dropouts.pop(),
+        )
+
+    @property
+    def _weight(self) -> Tensor:  # (O, D)
+        weight = self.base_layer.weight
+        return weight if isinstance(self.base_layer, nn.Linear) else weight.t()
+
+    def dropout_of(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def active_in_peft(layer: nn.Module) -> list[str]:
@@ -514,29 +567,37 @@ def active_in_peft(layer: nn.Module) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def why_peft(layer: nn.Module, dtype: torch.dtype) -> str:
-    """Why PEFT's own code computes this layer for an x of that dtype; "" where `lora_linear` does.
+def why_peft(layer: nn.Module, dtype: torch.dtype, names: Sequence[str] | None = None) -> str:
+    """Why PEFT's own code computes this layer for an x of that dtype; "" where an op of ours does.
 
     The layer is one of PEFT's; accelerate_peft was called or not.
+
+    Args:
+        names: of its adapters, those that rows of a batch name; None: the active ones.
     """
     if not isinstance(layer, _FusedForward):
-        if hasattr(layer, "lora_A") and is_linear(layer.get_base_layer()):
-            return f"{type(layer).__name__} was added after accelerate_peft, or that was not called"
-        return f"{type(layer).__name__} is not a linear layer of PEFT's"
+        kind = type(layer)
+        if kind is _fused_linear_class().__bases__[1] and is_linear(layer.base_layer):
+            return f"{kind.__name__} was added after accelerate_peft, or that was not called"
+        return f"{kind.__name__} is computed by PEFT alone"
     if layer.disable_adapters or layer.merged:
         return "adapters are merged" if layer.merged else "adapters are disabled"
-    names = active_in_peft(layer)
-    if len(names) != 1:
-        return f"{len(names)} active adapters; one is fused"
-    a, b = layer.lora_A[names[0]], layer.lora_B[names[0]]
-    if names[0] in layer.lora_variant:
-        return f"{type(layer.lora_variant[names[0]]).__name__} is not plain LoRA"
+    if names is None:
+        names = active_in_peft(layer)
+        if not names:
+            return "it has no active adapter"
+        if len(names) > 1 and any(layer.dropout_of(name) for name in names):
+            return f"{len(names)} active adapters, each with a dropout mask of its own"
     if layer.base_layer.weight.requires_grad:
         return "its base weight is trained"
-    if b.bias is not None:
-        return "lora_B has a bias"
-    if a.weight.dtype != dtype and (a.weight.dtype != torch.float32 or dtype == torch.float64):
-        return f"its adapter is {a.weight.dtype} and x is {dtype}"
-    if has_hooks(a) or has_hooks(b):
-        return "its adapter has hooks"
+    for name in names:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        if name in layer.lora_variant:
+            return f"{type(layer.lora_variant[name]).__name__} is not plain LoRA"
+        if b.bias is not None:
+            return "lora_B has a bias"
+        if a.weight.dtype != dtype and (a.weight.dtype != torch.float32 or dtype == torch.float64):
+            return f"its adapter is {a.weight.dtype} and x is {dtype}"
+        if has_hooks(a) or has_hooks(b):
+            return "its adapter has hooks"
     return why_unfused(layer.base_layer)

