@@ -29,7 +29,10 @@ from perl.run import (
 
 
 def open_backbone(config: ModelConfig, **keywords: Any) -> Backbone:
-    """Joins other processes, sets threads and seeds, loads the model; keywords: `Backbone.load`."""
+    """Joins other processes, sets threads and seeds, loads the model; keywords: `Backbone.load`.
+
+    Large CPU tensors come from a pool from here on, in the whole process.
+    """
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(
             f"--device is {config.device} but torch {torch.__version__} sees no GPU; "
@@ -42,6 +45,7 @@ def open_backbone(config: ModelConfig, **keywords: Any) -> Backbone:
     device = distributed.start(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    pk.use_cpu_pool()
     seed_everything(config.seed)
     if isinstance(config, TrainConfig) and config.shard:
         if not distributed.started():

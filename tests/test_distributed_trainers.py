@@ -41,7 +41,15 @@ def interrupts(prompts, completions):
     return vowels(prompts, completions)
 """
 SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft.jsonl", "--batch-size", "4"]
-REWARD = ["reward", "--validation", "{data}.jsonl", "--data", "{data}.jsonl", "--batch-size", "4"]
+REWARD = [
+    "reward",
+    "--validation",
+    "{data}-held.jsonl",
+    "--data",
+    "{data}.jsonl",
+    "--batch-size",
+    "4",
+]
 PAIRS = [argument.format(data="pairs") for argument in REWARD]
 LABELS = [argument.format(data="labels") for argument in REWARD]
 REINFORCE = [
@@ -92,6 +100,8 @@ def world(tmp_path_factory) -> Path:
         "data-0": [{"text": a} for a in WORDS],
         "data-1": [{"text": a} for a in reversed(WORDS)],
     }
+    for name in ("pairs", "labels"):
+        files[f"{name}-held"] = [row | {"prompt": 2 * row["prompt"]} for row in files[name]]
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(VOWELS)
@@ -151,8 +161,18 @@ def printed(world) -> dict[str, list[dict]]:
 def metrics(run: Path) -> list[dict]:
     """What must repeat: everything but times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    unlike = UNLIKE | {"peak_memory_bytes_by_rank"}
-    return [{k: v for k, v in row.items() if k not in unlike} for row in rows]
+    unlike = UNLIKE | {"peak_memory_bytes_by_rank", "padding"}  # each process pads its own rows
+    return [flat({k: v for k, v in row.items() if k not in unlike}) for row in rows]
+
+
+def flat(row: dict) -> dict:
+    """Figures inside figures (histograms) beside the others."""
+    found = {}
+    for name, value in row.items():
+        inner = dict(enumerate(value)) if isinstance(value, list) else value
+        many = isinstance(inner, dict)
+        found |= {f"{name}.{key}": v for key, v in flat(inner).items()} if many else {name: value}
+    return found
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
