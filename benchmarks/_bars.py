@@ -180,6 +180,15 @@ BARS: list[Bar] = [
     _cpu("reward_step", "step", "", "memory ours/full", "<=", 0.50, 0.35),
     _cpu("reward_step", "step", "bf16", "ours/peft", "<=", 0.45, 0.38),
     _cpu("reward_step", "step", "bf16", "memory ours/peft", "<=", 0.42, 0.33),
+    *(
+        _cpu("reward_step", f"step in TRL's RewardTrainer{how}", dtype, what, "<=", must, stretch)
+        for how, dtype, what, must, stretch in (
+            ("", "bf16", "ours/trl", 0.45, 0.38), ("", "bf16", "memory ours/trl", 0.42, 0.33),
+            ("", "fp32", "ours/trl", 1.0, 1.0), ("", "fp32", "memory ours/trl", 1.0, 1.0),
+            (", checkpointing", "", "ours/trl", 1.0, 1.0),
+            (", checkpointing", "", "memory ours/trl", 1.0, 1.0),
+        )
+    ),
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -205,6 +214,7 @@ BARS += [
     _gpu("lora_linear", FORWARD, "ours/frozen", "<=", 1.3, 1.15),
     _gpu("lora_linear", FORWARD, "ours/addmm", "<=", 1.0),
     _gpu("linear_log_prob", FORWARD, "ours/mm", "<=", 1.20, 1.08),
+    _gpu("linear_log_prob", FORWARD, "moved, ours", "<=", 0.0),
     _gpu("linear_log_prob", TRAIN, "trl/ours", ">=", 1.3, 1.5),
     _gpu("policy_loss", TRAIN, "ours/mm", "<=", 2.4, 2.2),
     _gpu("policy_loss", POLICY_KL, "ours/mm", "<=", 3.7, 3.3),

@@ -8,7 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+import perl_kernels as pk
 from benchmarks._measure import Case, normal, shapes_for
+from perl_kernels import _library
+from perl_kernels.head import op
 
 SHAPES = {
     "quick": [(256, 512, 32000), (100, 768, 50257)],
@@ -57,20 +60,35 @@ def eager_kl(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, target: Tensor)
     return (log_p.exp() * (log_p - log_q)).sum(1), log_p.gather(1, target[:, None])[:, 0]
 
 
-def by_blocks(case: Case, ours: Callable) -> dict[str, Callable]:
-    """Ours by the head's other route on a GPU, where one campaign shall tell which stays."""
+def by_blocks(case: Case, ours: Callable, missing: dict[str, str]) -> dict[str, Callable]:
+    """Ours by the head's other route on a GPU, its rows by Triton and by CUDA C++, where one
+    campaign shall tell which stays."""
     if case.device != "cuda":
         return {}
-    from perl_kernels.head import triton as kernels
+    if _library.missing["cuda"]:
+        missing["blocks, cuda"] = _library.missing["cuda"]
 
-    def run():
-        route, kernels.ROUTE = kernels.ROUTE, "blocks"
-        try:
-            return ours()
-        finally:
-            kernels.ROUTE = route
+    def by(backend):
+        def run(*arguments):
+            route, op.ROUTE = op.ROUTE, "blocks"
+            try:
+                with pk.use_backend(backend):
+                    return ours(*arguments)
+            finally:
+                op.ROUTE = route
 
-    return {"blocks": run}
+        return run
+
+    found = {"blocks": by("triton"), "blocks, cuda": by("cuda")}
+    return {name: run for name, run in found.items() if name not in missing}
+
+
+def moved(log_prob: Callable, hidden: Tensor, target: Tensor) -> float:
+    """Share of rows whose log p has other bits in a batch of fewer. log_prob(hidden, target)"""
+    whole = log_prob(hidden, target)
+    few = [slice(0, 1), slice(1, 131), slice(131, len(target))]
+    parts = torch.cat([log_prob(hidden[rows], target[rows]) for rows in few])
+    return (parts != whole).double().mean().item()
 
 
 def trl_log_prob():

@@ -1,6 +1,8 @@
 """linear_kl (exact KL, log p and entropy from two hidden states) beside the product and eager.
 
 ours    pk.linear_kl
+blocks  the same by the head's other route, on a GPU; its rows by Triton
+blocks, cuda  its rows by CUDA C++
 mm      hidden @ weight.T alone, once and forward only
 eager   two products, two log_softmax over [N, V] in float32; autograd's backward
 """
@@ -12,7 +14,7 @@ from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._bars import FORWARD, TRAIN
-from benchmarks._head import eager_kl, head_cases, inputs
+from benchmarks._head import by_blocks, eager_kl, head_cases, inputs
 from benchmarks._measure import (
     Case,
     Compared,
@@ -54,6 +56,8 @@ def contest(case: Case) -> Contest:
         "mm": without_gradients(lambda: hidden @ weight.T),
         "eager": call(lambda: eager_kl(hidden, ref_hidden, weight, target)),
     }
+    missing = {}
+    run |= by_blocks(case, run["ours"], missing)
 
     def compare() -> list[Compared]:
         rows = some_rows(len(target), case.device)
@@ -76,7 +80,7 @@ def contest(case: Case) -> Contest:
         ]  # fmt: skip
 
     n, h, v = case.shape.values()
-    return Contest(run, compare, (3 if trains else 2) * 2.0 * n * h * v)
+    return Contest(run, compare, (3 if trains else 2) * 2.0 * n * h * v, missing=missing)
 
 
 def _ours(hidden, ref_hidden, weight, target) -> tuple[Tensor, Tensor]:

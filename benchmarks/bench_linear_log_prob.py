@@ -1,12 +1,17 @@
 """linear_log_prob (log p and entropy from hidden states) beside the bare product and eager torch.
 
-ours    pk.linear_log_prob, entropy too
-blocks  the same by the head's other route, on a GPU
+ours    pk.linear_log_prob, entropy too; on a GPU by tiles: a row's bits do not depend on its batch
+blocks  the same by the head's other route, on a GPU; its rows by Triton
+blocks, cuda       its rows by CUDA C++
 mm      hidden @ weight.T alone, forward only: writing the logits and nothing more
 eager   mm, float, logsumexp, gather; autograd's backward
 trl     TRL's chunked log p and entropy
 liger_kernel       Liger's fused linear cross entropy, a sum over the rows; on a GPU
 cut_cross_entropy  Apple's, log p of each row; on a GPU
+linear_cross_entropy  torch's own, by chunks; a sum over the rows
+
+The measure "moved" is the share of rows whose log p has other bits in a smaller batch; none of ours
+has, and ours over blocks is the price of that.
 """
 
 from __future__ import annotations
@@ -14,12 +19,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._bars import FORWARD, TRAIN
-from benchmarks._head import by_blocks, eager_log_prob, head_cases, inputs, trl_log_prob
+from benchmarks._head import (
+    by_blocks,
+    eager_log_prob,
+    head_cases,
+    inputs,
+    moved,
+    trl_log_prob,
+)
 from benchmarks._measure import (
+    OURS,
     Case,
     Compared,
     Contest,
@@ -63,15 +77,17 @@ def contest(case: Case) -> Contest:
         "mm": without_gradients(lambda: hidden @ weight.T),
     }
     missing = {}
-    run |= by_blocks(case, run["ours"])
+    run |= by_blocks(case, run["ours"], missing)
     if case.check == COMPILED:
         compiled = torch.compile(eager_log_prob)
         run["eager compiled"] = call(lambda: compiled(hidden, weight, target))
     else:
         run["eager"] = call(lambda: eager_log_prob(hidden, weight, target))
-        trl, missing = trl_log_prob()
+        trl, why = trl_log_prob()
+        missing |= why
         if trl:
             run["trl"] = call(lambda: trl(hidden, weight, target))
+        _add_torchs_own(run, missing, trains, hidden, weight, target)
         _add_gpu_peers(run, missing, case, call, hidden, weight, target)
 
     def compare() -> list[Compared]:
@@ -88,8 +104,34 @@ def contest(case: Case) -> Contest:
             for name in exact
         ]
 
+    def measures() -> dict[str, float]:
+        if trains:
+            return {}
+
+        def log_prob(hidden: Tensor, target: Tensor) -> Tensor:
+            return pk.linear_log_prob(hidden, weight, target)
+
+        with torch.no_grad():
+            found = {OURS: log_prob} | by_blocks(case, log_prob, {})
+            return {f"moved, {name}": moved(one, hidden, target) for name, one in found.items()}
+
     n, h, v = case.shape.values()
-    return Contest(run, compare, (2 if trains else 1) * 2.0 * n * h * v, missing=missing)
+    flops = (2 if trains else 1) * 2.0 * n * h * v
+    return Contest(run, compare, flops, missing=missing, measures=measures)
+
+
+def _add_torchs_own(run, missing, trains, hidden, weight, target) -> None:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        missing["linear_cross_entropy"] = "not in this torch"
+        return
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def summed() -> Tensor:
+        return F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options)
+
+    run["linear_cross_entropy"] = (
+        with_gradients(summed, [hidden], [None]) if trains else without_gradients(summed)
+    )
 
 
 def _add_gpu_peers(run, missing, case, call, hidden, weight, target) -> None:

@@ -1,7 +1,8 @@
 """policy_loss (the REINFORCE loss with its gradient made in forward) beside the product and eager.
 
 ours    pk.policy_loss; with exact KL: to the reference's hidden states, kl_coef 0.1
-blocks  the same by the head's other route, on a GPU (not with KL)
+blocks  the same by the head's other route, on a GPU; its rows by Triton
+blocks, cuda  its rows by CUDA C++
 mm      hidden @ weight.T alone, once and forward only
 eager   the same loss from [N, V] log-probabilities in float32; autograd's backward
 trl     the loss on top of TRL's chunked log p (it has no exact KL)
@@ -62,9 +63,10 @@ def contest(case: Case) -> Contest:
         "mm": without_gradients(lambda: hidden @ weight.T),
         "eager": call(eager),
     }
+    run |= by_blocks(case, run["ours"], missing)
     if not exact_kl:
-        run |= by_blocks(case, run["ours"])
-        trl, missing = trl_log_prob()
+        trl, why = trl_log_prob()
+        missing |= why
         if trl:
             run["trl"] = call(lambda: (-advantage * trl(hidden, weight, target)[0]).mean())
 

@@ -1,11 +1,25 @@
 """One training step of a reward model: LoRA by this library, LoRA by PEFT, and full tuning.
 
-    ours   transformers' Llama with a scalar head, pk.apply_lora on all linear layers, lean_blocks
-    peft   the same by PEFT, adapters in the type of the base (its fastest form)
-    full   the same model with every weight trained, as transformers runs it eagerly
+    ours        transformers' Llama with a scalar head, pk.apply_lora on all linear layers; on a CPU
+                with pk.use_cpu_pool()
+    peft        the same by PEFT, adapters in the type of the base (its fastest form)
+    full        the same model with every weight trained, as transformers runs it eagerly
+    full, pool  that with pk.use_cpu_pool()
 
 A step is forward, Bradley-Terry loss over pairs of rows, backward, AdamW. Each contestant lives in
 a process of its own, whose peak memory is told, and they take turns step by step.
+
+The same step inside TRL's RewardTrainer, whose train() runs unchanged and waits in a callback for
+its turn:
+
+    ours        PEFT's model after pk.accelerate_peft(model), the one line that differs
+    ours, pool  that with pk.use_cpu_pool()
+    trl         PEFT's model
+
+on the same tokens, the same rows without padding. What a RewardTrainer does otherwise than the
+loop above is in both: its data loader and metrics, clipped gradients, the fused AdamW with a
+schedule, adapters in float32 and, in bf16, autocast; its libraries are in the memory. Checkpointing
+of activations is TRL's default; without it the trainer does the work of the loop above.
 
 Letters beside the library's: L layers, F features inside the MLP, A attention heads.
 """
@@ -17,6 +31,7 @@ import multiprocessing
 import time
 import zlib
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -39,10 +54,19 @@ from benchmarks._measure import (
     time_on_cpu,
 )
 from benchmarks._results import Row, backend_name
+from perl.cafe import build_tokenizer
 from perl.memory import PeakMemory
 
 ROOM = "reward_step"
-CHECK = "step"
+STEP, TRL = "step", "step in TRL's RewardTrainer"
+CHECKPOINTED = f"{TRL}, checkpointing"
+CHECKS = {"h200": [STEP], "tiny": [STEP, CHECKPOINTED]}  # by preset; the others have all
+POOL = ", pool"
+CONTESTANTS = {
+    STEP: (OURS, "full", f"full{POOL}", "peft"),
+    TRL: (OURS, f"{OURS}{POOL}", "trl"),
+    CHECKPOINTED: (OURS, f"{OURS}{POOL}", "trl"),
+}
 SHAPES = {
     # 81 million parameters; at the smaller ones overheads weigh more
     "full": {"B": 16, "T": 256, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
@@ -57,11 +81,17 @@ SHAPES = {
 def cases(preset: str) -> list[Case]:
     device = "cuda" if preset == "h200" else "cpu"
     dtypes = {"h200": ("bf16",), "tiny": ("fp32",)}.get(preset, ("bf16", "fp32"))
-    return [Case(ROOM, CHECK, shapes_for(preset, dtype, SHAPES), dtype, device) for dtype in dtypes]
+    return [
+        Case(ROOM, check, shapes_for(preset, dtype, SHAPES), dtype, device)
+        for check in CHECKS.get(preset, [STEP, TRL, CHECKPOINTED])
+        for dtype in dtypes
+    ]
 
 
 @pytest.mark.timeout(3600)
 def test_reward_step(case, record):
+    if case.check != STEP:
+        pytest.importorskip("trl")
     record(measure_step, case)
 
 
@@ -75,15 +105,16 @@ def measure_step(
     Raises:
         AssertionError: gradients of ours are further from float64 than PEFT's by more than half.
     """
-    names, missing = [OURS, "full"], {}
+    names, missing = list(CONTESTANTS[case.check]), {}
+    if case.device != "cpu":
+        names = [name for name in names if not name.endswith(POOL)]
     if find_spec("peft") is None:
+        names.remove("peft")
         missing["peft"] = "peft is not installed"
-    else:
-        names.append("peft")
     trainers = {name: _Remote(name, case) for name in names}
     try:
         found = {name: trainer.receive() for name, trainer in trainers.items()}
-        plain = found.get("peft", found["full"])["error"]
+        plain = found[names[-1]]["error"]
         ours = found[OURS]["error"]
         # every layer's rounding is in both, so this is no test of one kernel: a wide margin
         assert ours <= 1.5 * plain + FLOOR[case.torch_dtype], (
@@ -97,7 +128,7 @@ def measure_step(
             trainer.close()
     median, spread, contestants = summarise(times)
     row = Row(
-        room=ROOM, check=CHECK, shape=case.shape, dtype=case.dtype, device=case.device,
+        room=ROOM, check=case.check, shape=case.shape, dtype=case.dtype, device=case.device,
         backend=backend_name(case.device, case.torch_dtype),
         median_s=median, spread=spread, rounds=len(times[OURS]),
         contestants=contestants, missing=missing,
@@ -105,7 +136,7 @@ def measure_step(
         errors=[{"of": "gradients", "unit": "relative RMS", "ours": ours, "plain": plain}],
         measures={
             "tokens_per_s": case.shape["B"] * case.shape["T"] / median,
-            "parameters": found["full"]["parameters"],
+            "parameters": found[OURS]["parameters"],
             "trained_parameters": found[OURS]["trained"],
         },
         bars=[],
@@ -153,31 +184,91 @@ class _Remote:
 
 def _serve(connection: Any, name: str, case: Case, threads: int) -> None:
     torch.set_num_threads(threads)
-    model = build(name, case)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    if name.endswith(POOL) or (name, case.check, case.device) == (OURS, STEP, "cpu"):
+        pk.use_cpu_pool()
+    model = build(name.removesuffix(POOL), case)
+    compared = name in (OURS, CONTESTANTS[case.check][-1]) or not find_spec("peft")
     connection.send(
         {
-            "error": gradient_error(model, case) if name != "full" or not find_spec("peft") else 0,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trained": sum(p.numel() for p in trained),
+            "error": gradient_error(model, case) if compared else 0,
+            "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_new(n)),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
     )
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    tokens = random_tokens(case, case.shape["B"], case.shape["T"])
-    give_back_freed()  # the float64 copy, which `full` did not make
+    give_back_freed()  # the float64 copy, which not all have made
+    pk.empty_cpu_pool()
+    train = train_by_hand if case.check == STEP else train_by_trl
     with PeakMemory(case.device) as peak:
-        while True:
-            try:
-                question = connection.recv()
-            except EOFError:
-                return
-            if question == "step":
-                loss(model, tokens).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if case.device != "cpu":
-                    torch.cuda.synchronize()
-            connection.send(peak.read() if question == "peak" else time.perf_counter())
+        train(model, case, _Turns(connection, peak))
+
+
+class _Turns:
+    """The other end of a _Remote."""
+
+    def __init__(self, connection: Any, peak: PeakMemory):
+        self.connection, self.peak = connection, peak
+
+    def wait(self) -> bool:
+        """Answer questions until a step is wanted; False when nobody asks any more."""
+        try:
+            while self.connection.recv() != "step":
+                self.connection.send(self.peak.read())
+        except EOFError:
+            return False
+        return True
+
+    def done(self) -> None:
+        self.connection.send(time.perf_counter())
+
+
+# ------------------------------------------------------------------------------------------------
+# The steps
+# ------------------------------------------------------------------------------------------------
+
+
+def train_by_hand(model: nn.Module, case: Case, turns: _Turns) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens = random_tokens(case, case.shape["B"], case.shape["T"])
+    while turns.wait():
+        loss(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if case.device != "cpu":
+            torch.cuda.synchronize()
+        turns.done()
+
+
+def train_by_trl(model: nn.Module, case: Case, turns: _Turns) -> None:
+    import trl
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class InTurns(TrainerCallback):
+        """A turn is from the end of one step to that of the next, with all that lies between."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            control.should_training_stop = not turns.wait()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            turns.done()
+            control.should_training_stop = not turns.wait()
+
+    chosen, rejected = random_tokens(case, case.shape["B"], case.shape["T"]).chunk(2)
+    pairs = {"chosen_ids": chosen.tolist(), "rejected_ids": rejected.tolist()}
+    with TemporaryDirectory() as folder:
+        arguments = trl.RewardConfig(
+            folder, per_device_train_batch_size=len(chosen), learning_rate=1e-4, max_steps=10**6,
+            train_sampling_strategy="sequential", gradient_checkpointing=case.check == CHECKPOINTED,
+            bf16=case.dtype == "bf16", use_cpu=True, save_strategy="no", logging_strategy="no",
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trl.RewardTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_dict({key: rows * 100 for key, rows in pairs.items()}),
+            processing_class=build_tokenizer(["pad"], vocab_size=260),
+            callbacks=[InTurns()],
+        ).train()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,21 +289,27 @@ def build(name: str, case: Case) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(case.device):
         model = LlamaForSequenceClassification(config).to(DTYPES[case.dtype])
-    if name == "ours":
+    if case.check == STEP and name == OURS:
         pk.apply_lora(model, pk.LoRAConfig(r=s["R"], alpha=2 * s["R"]))
-        pk.lean_blocks(model)
         model.score.requires_grad_(True)
-    elif name == "peft":
+    elif name != "full":
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(
             r=s["R"], lora_alpha=2 * s["R"], target_modules="all-linear", task_type="SEQ_CLS"
         )
-        model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=case.check != STEP)
+        if name == OURS:
+            pk.accelerate_peft(model)
     for parameter_name, parameter in model.named_parameters():
         if "lora_" in parameter_name:
             _fill(parameter_name, parameter)
     return model.train()
+
+
+def _is_new(parameter_name: str) -> bool:
+    """Whether PEFT or this library put the parameter there: an adapter's, or a copy of the head."""
+    return "lora_" in parameter_name or ".modules_to_save." in parameter_name
 
 
 @torch.no_grad()

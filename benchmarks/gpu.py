@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,9 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_mlp", "forward + backward", {}),
     ("lora_mlp", "forward + backward, dropout 0.1", {}),
     ("log_prob", "kl, forward + backward", {}),
+    ("linear_kl", "forward + backward", {"V": 131072}),
+    ("head_rows", "with gradient", {}),
+    ("head_rows", "with gradient, exact KL", {}),
     ("lora_linear_parts", "shrink", {"N": 8192, "R": 16}),
     ("lora_linear_parts", "ds and db", {"O": 4096, "R": 16}),
     ("lora_linear_parts", "shrink, dropout 0.1", {}),
@@ -59,7 +63,8 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
-LEFT = {"reward_step": 100.0, "": 15.0}  # seconds, by room; with less left no case is begun
+LEFT = {"reward_step": 100.0, "study": 60.0, "": 15.0}  # seconds, by room: with less, no case
+STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; builds nothing")
     parser.add_argument("--skip-build", action="store_true", help="use what is built")
     parser.add_argument("--skip-tests", action="store_true", help="go to the benchmarks at once")
+    parser.add_argument("--skip-study", action="store_true", help="of reward models, 1.1 B weights")
     parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
@@ -89,7 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tests = "tests/test_gpu.py" if options.dry_run else "tests"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "--tb=short", tests]
         failed |= not run("tests", command, folders, 0.45 * (deadline - time.monotonic()))
-    results = benchmark("tiny" if options.dry_run else "h200", deadline, folders)
+    preset = "tiny" if options.dry_run else "h200"
+    reserved = 0 if options.skip_study else STUDY * (deadline - time.monotonic())
+    results = benchmark(preset, deadline - reserved, folders)
+    if not options.skip_study and deadline - time.monotonic() > LEFT["study"]:
+        failed |= not study(preset, folders, deadline - time.monotonic())
     return int(failed or bool(results.failures))
 
 
@@ -117,6 +127,22 @@ def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> 
     how = "out of time" if code is None else f"exit code {code}"
     print(f"== {stage}: {how} after {time.monotonic() - start:.0f} s", flush=True)
     return code == 0
+
+
+def study(preset: str, folders: list[Path], seconds: float) -> bool:
+    """`perl study reward`: LoRA ranks beside full tuning; its tables go beside the results."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "study"
+        command = [sys.executable, "-m", "perl", "study", "reward", "--preset", preset]
+        good = run("study", [*command, "--out", str(out)], folders, seconds)
+        for path in filter(Path.is_file, map(out.joinpath, STUDY_FILES)):
+            for folder in folders:
+                (folder / f"study-{preset}").mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, folder / f"study-{preset}")
+    return good
+
+
+STUDY_FILES = ("study.json", "table.md", "figure.svg")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,6 +217,7 @@ def line(row: Row) -> str:
     for name, share in row.measures.items():
         if name.startswith("share_of_copy_bandwidth"):
             parts.append(f"{share:.0%} of copy{name.removeprefix('share_of_copy_bandwidth')}")
+    parts += [f"{share:.1%} {name}" for name, share in row.measures.items() if "moved" in name]
     if "ours" in row.memory:
         parts.append(f"{report.mebibytes(row.memory['ours'])} MiB")
     parts += [f"{found['ratio']:.2f} × {name}" for name, found in row.contestants.items()]

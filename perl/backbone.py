@@ -32,7 +32,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import perl_kernels as pk
 from perl import distributed
@@ -249,6 +251,22 @@ class Backbone:
         role = self._roles[name]
         return list(_parameters(role)) if role.trainable else []
 
+    def checkpoint_activations(self, name: str) -> None:
+        """From now on the role's passes keep the inputs of decoder layers only.
+
+        Each layer runs again in backward, which has to come before any other pass. Passes without
+        gradients are as they were. Raises UsageError for a family without such layers.
+        """
+        model = self._roles[name].model
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise UsageError(
+                f"{self.name} ({model.config.model_type}) has no decoder layers that can be run "
+                "again: leave --checkpoint-activations out"
+            )
+        for layer in layers:
+            layer.forward = functools.partial(_checkpointed, layer.forward)
+
     # ----------------------------------------------------------------------------------- passes
 
     def hidden(
@@ -410,6 +428,12 @@ class Backbone:
 
 
 # --------------------------------------------------------------------------------------- helpers
+
+
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _parameters(role: _Role) -> Iterator[tuple[str, nn.Parameter]]:

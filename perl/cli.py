@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": (cfg.GenerateConfig, "perl.evaluate:generate", "answers for prompts"),
     "merge": (cfg.MergeConfig, "perl.evaluate:merge", "fold an adapter into its base"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
+    "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
 }
 
@@ -59,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             _add_flag(command, field, hints[field.name])
+        if issubclass(cls, cfg.TrainConfig):
+            command.add_argument(
+                "--sweep",
+                nargs="+",
+                metavar="FLAG=VALUE,VALUE",
+                default=argparse.SUPPRESS,
+                help="a run for every combination of these values (lr=1e-4,3e-4 lora_rank=4,16), "
+                "one after another in folders of --out; which was best on --validation",
+            )
     return parser
 
 
@@ -69,11 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         flags = vars(build_parser().parse_args(argv))
-        command = flags.pop("command")
-        cls, target, _ = COMMANDS[command]
+        name = flags.pop("command")
+        cls, target, _ = COMMANDS[name]
         several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-        if several and not issubclass(cls, cfg.TrainConfig):
-            raise UsageError(f"torchrun is for training; run `python -m perl {command}` without it")
+        if several and ("sweep" in flags or not issubclass(cls, cfg.TrainConfig)):
+            what = "--sweep" if "sweep" in flags else name
+            raise UsageError(f"torchrun is for one training; run {what} by `python -m perl {name}`")
+        if "sweep" in flags:
+            from perl import sweep
+
+            print(json.dumps(sweep.run(name, cls, flags)))
+            return 0
         config = cfg.load(cls, flags, config_file=flags.pop("config", None))
         module, function = target.split(":")
         result = getattr(importlib.import_module(module), function)(config)
@@ -139,7 +155,7 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif kind == list[str]:
-        settings.update(nargs="+", metavar="NAME")
+        settings.update(nargs="+", metavar=field.metadata["metavar"])
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]

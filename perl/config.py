@@ -45,8 +45,12 @@ def option(
     at_most: float | None = None,
     positional: bool = False,
     resumable: bool = False,
+    metavar: str = "NAME",
 ) -> Any:
-    """A config field. `resumable`: a resumed run may change it without changing the training."""
+    """A config field. `resumable`: a resumed run may change it without changing the training.
+
+    metavar: what the help calls a word of a list.
+    """
     metadata = dict(
         help=help,
         unit=unit,
@@ -55,6 +59,7 @@ def option(
         at_most=at_most,
         positional=positional,
         resumable=resumable,
+        metavar=metavar,
     )
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -96,7 +101,11 @@ class ModelConfig(Config):
 class TrainConfig(ModelConfig):
     """What the three trainers share."""
 
-    data: str = option(help="training rows: JSONL, JSON or Parquet, by their columns")
+    data: list[str] = option(
+        metavar="FILE[=WEIGHT]",
+        help="training rows: JSONL, JSON or Parquet, by their columns; of several files all rows "
+        "are drawn alike, or each file in its share of the weights",
+    )
     out: str = option(help="run folder; must not exist, or be empty")
     format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
         "auto", help="published format of the data files; auto tells them by their columns"
@@ -182,10 +191,36 @@ class SftConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class RewardConfig(TrainConfig):
-    """Reward model on {prompt, chosen, rejected} or {prompt, completion, label} rows."""
+    """Reward model on {prompt, chosen, rejected[, margin]} or {prompt, completion, label} rows."""
 
     batch_size: int = option(16, unit="rows", at_least=1, help="rows (pairs) per update")
+    label_smoothing: float = option(
+        0.0, at_least=0, at_most=0.49, help="probability that a preference or label is wrong"
+    )
+    center_rewards: float = option(
+        0.0, at_least=0, help="pairwise: weight of (r_chosen + r_rejected)^2 in the loss"
+    )
     balance_labels: bool = option(False, help="pointwise: weigh both labels equally in the loss")
+    checkpoint_activations: bool = option(
+        False, help="keep only the inputs of decoder layers, and run the layers again in backward"
+    )
+    best_metric: Literal["auto", "accuracy", "auc", "balanced_accuracy", "loss"] = option(
+        "auto",
+        help="held-out figure by which the best checkpoint becomes the result; auto is accuracy "
+        "of pairs, auc of labels",
+    )
+    early_stop: int = option(
+        0,
+        unit="validations",
+        at_least=0,
+        resumable=True,
+        help="end the run after so many without a better --best-metric; 0 = never",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation is None and (self.early_stop or self.best_metric != "auto"):
+            raise UsageError("--early-stop and --best-metric want --validation FILE to measure on")
 
 
 @dataclass(kw_only=True)
@@ -330,6 +365,43 @@ class DemoConfig(Config):
     quick: bool = option(
         False, help="a few steps of everything: checks the machinery, learns nothing"
     )
+
+
+@dataclass(kw_only=True)
+class StudyConfig(Config):
+    """Reward models by LoRA of several ranks beside full tuning: quality, time and memory."""
+
+    task: Literal["reward"] = option(positional=True, help="what is trained: reward")
+    out: str = option(help="folder of the study; must not exist, or be empty")
+    preset: Literal["tiny", "quick", "cpu", "h200"] = option(
+        "cpu",
+        help="cpu: ranks, sizes and seeds within an hour on two cores; h200: step time and memory "
+        "of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the machinery",
+    )
+    data_folder: str | None = option(
+        None,
+        help="folder with data/ and models/ of real preferences; by default $PERL_SHARED, or "
+        "shared/ beside the checkout; without it the study is of the embedded world alone",
+    )
+    at_once: int = option(
+        2,
+        unit="processes",
+        at_least=1,
+        resumable=True,
+        help="runs at a time, one thread each, where only quality is told",
+    )
+    threads: int = option(
+        0,
+        unit="threads",
+        at_least=0,
+        resumable=True,
+        help="of a run whose time and memory are measured, one at a time; 0 leaves it to torch",
+    )
+    device: str = option("auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    cost: bool = option(
+        True, resumable=True, help="--no-cost leaves time and memory to a later --resume"
+    )
+    resume: bool = option(False, resumable=True, help="go on with what is not done yet")
 
 
 # ---------------------------------------------------------------------------------------------

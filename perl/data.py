@@ -1,6 +1,7 @@
 """Rows in, token batches out.
 
     file -> read_rows -> rows (dicts of text) -> encode_* -> examples (token ids) -> Batches -> pad
+    FILE=WEIGHT ... -> load_files (each of them as above) -> examples of all, in shares -> Batches
 
 `read_rows` takes JSONL, a JSON list or Parquet (.gz too), and turns the published formats of
 Taskmaster, HH-RLHF, TL;DR comparisons and SHP into the same plain rows. `row_kind` tells by the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ KINDS = {
     "text": ("text",),
     "prompt": ("prompt",),
 }
+OPTIONAL = {"pairwise": ("margin",)}  # kind -> columns that a file may have too, in all its rows
 
 
 class Rows(list):
@@ -251,7 +254,8 @@ def row_kind(rows: Sequence[dict], path: str | Path | None = None) -> str:
     """The kind of rows by their columns: a key of KINDS.
 
     A column that any row has is wanted in all: UsageError names the first row without it, or with
-    a value of a wrong type. Other columns are ignored.
+    a value of a wrong type. Pairs may have a margin, by which the chosen answer is to score higher.
+    Other columns are ignored.
     """
     columns = set().union(*rows)
     if columns & {"chosen", "rejected"}:
@@ -264,12 +268,19 @@ def row_kind(rows: Sequence[dict], path: str | Path | None = None) -> str:
             f"{path or _place(rows, 0)}: columns {', '.join(sorted(columns))} are no "
             f"known kind of row; want {wanted}"
         )
+    wanted = columns_of(rows, kind)
     for i, row in enumerate(rows):
         place = _place(rows, i)
-        _want_columns(row, KINDS[kind], place, f"{kind} rows have")
-        for column in KINDS[kind]:
+        _want_columns(row, wanted, place, f"{kind} rows have")
+        for column in wanted:
             _check_value(column, row[column], place)
     return kind
+
+
+def columns_of(rows: Sequence[dict], kind: str) -> tuple[str, ...]:
+    """The columns that rows of a kind are read for: those of the kind, and optional ones there."""
+    there = set().union(*rows)
+    return KINDS[kind] + tuple(c for c in OPTIONAL.get(kind, ()) if c in there)
 
 
 def want_kind(rows: Sequence[dict], kinds: Sequence[str], command: str) -> str:
@@ -286,6 +297,32 @@ def want_kind(rows: Sequence[dict], kinds: Sequence[str], command: str) -> str:
     )
 
 
+def without_equal_pairs(rows: Rows) -> Rows:
+    """Pairwise rows less those whose two answers are equal, which carry no signal; counted."""
+    equal = [row["chosen"] == row["rejected"] for row in rows]
+    if not any(equal):
+        return rows
+    first = rows.places[equal.index(True)]
+    if all(equal):
+        raise UsageError(f"{first} and all others: chosen and rejected are equal; give real pairs")
+    kept = [i for i, same in enumerate(equal) if not same]
+    note = f"{sum(equal)} pairs with equal answers left out, the first at {first}"
+    return Rows([rows[i] for i in kept], [rows.places[i] for i in kept], [*rows.notes, note])
+
+
+def note_empty(rows: Rows, columns: Sequence[str]) -> None:
+    """Adds to the notes how many rows have nothing but white space in any of `columns`."""
+    empty = [any(not plain_text(row[column]).strip() for column in columns) for row in rows]
+    if any(empty):
+        first = rows.places[empty.index(True)]
+        rows.notes.append(f"{sum(empty)} rows with an empty answer, the first at {first}")
+
+
+def plain_text(value: str | list[dict]) -> str:
+    """A text as it is; of messages, what they say."""
+    return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
+
+
 def _place(rows: Sequence[dict], i: int) -> str:
     return rows.places[i] if isinstance(rows, Rows) else f"row {i + 1}"
 
@@ -300,8 +337,13 @@ def _check_value(column: str, value: Any, place: str) -> None:
     if column == "label":
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
             raise UsageError(
-                f"{place}: label is {value!r}; want true, false or a number from 0 to 1"
+                f"{place}: label is {value!r}; want true, false or a number from 0 to 1, "
+                "without quotes"
             )
+    elif column == "margin":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise UsageError(f"{place}: margin is {value!r}; want a number of at least 0")
     elif isinstance(value, list) and column != "text":
         good = value and all(
             isinstance(m, dict)
@@ -335,10 +377,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Prompt and answer as tokens, twice; `chosen` is preferred."""
+    """Prompt and answer as tokens, twice; `chosen` is to score higher by `margin`."""
 
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
 
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
@@ -356,12 +399,18 @@ class Labelled:
 
 
 class Encoded(list):
-    """Examples (or prompts), the rows they come from, and notes on what was cut or left out."""
+    """Examples (or prompts), the rows they come from, and notes on what was cut or left out.
+
+    rows, places: of each example. mixture: the examples of each file with its weight; empty where
+    every example is drawn alike.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict] = []
+        self.places: list[str] = []
         self.notes: list[str] = []
+        self.mixture: list[tuple[range, float]] = []
 
 
 def token_limit(max_tokens: int, context: int) -> int:
@@ -487,7 +536,8 @@ def encode_pairs(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, limit
             place,
             tokenizer.bos_token_id,
         )
-        return [] if prompt is None else [Pair(prompt + chosen, prompt + rejected)]
+        margin = float(row.get("margin", 0.0))
+        return [] if prompt is None else [Pair(prompt + chosen, prompt + rejected, margin)]
 
     return _encode(rows, encode, limit)
 
@@ -513,6 +563,7 @@ def _encode(rows: Sequence[dict], encode: Callable[[dict, str], list], limit: Li
         examples = encode(row, _place(rows, i))
         encoded.extend(examples)
         encoded.rows.extend([row] * len(examples))
+        encoded.places.extend([_place(rows, i)] * len(examples))
     encoded.notes = getattr(rows, "notes", []) + limit.notes(len(rows))
     if not encoded:
         raise UsageError(
@@ -607,6 +658,64 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
+# Several files
+
+
+def load_files(
+    data: Sequence[str], validation: str | None, load: Callable[[str], Encoded]
+) -> tuple[Encoded, Encoded | None]:
+    """The training examples of all files of `data`, and the held-out ones; `load` makes one file's.
+
+    data: words FILE or FILE=WEIGHT. A weight is the file's share of what is drawn, relative to the
+    others'; without weights every example is drawn alike. Notes name their file. Raises UsageError
+    for a weight that is no number above 0 or stands on some files only, and where the validation
+    file is one of the training files.
+    """
+    files = [_file_and_weight(word) for word in data]
+    for path, _ in files:
+        if validation is not None and Path(path).resolve() == Path(validation).resolve():
+            raise UsageError(
+                f"--validation {validation} is a training file too, so nothing in it is held out; "
+                "give rows that --data has not"
+            )
+    weights = [weight for _, weight in files if weight is not None]
+    if weights and (len(weights) < len(files) or len(files) == 1):
+        raise UsageError(
+            f"--data {' '.join(data)}: a weight is a share among several files; give one to every "
+            "file, or to none"
+        )
+    examples = _together(files, load)
+    return examples, _together([(validation, None)], load) if validation else None
+
+
+def _together(files: Sequence[tuple[str, float | None]], load: Callable[[str], Encoded]) -> Encoded:
+    together = Encoded()
+    for path, weight in files:
+        encoded = load(path)
+        if weight is not None:
+            part = range(len(together), len(together) + len(encoded))
+            together.mixture.append((part, weight))
+        together.extend(encoded)
+        together.rows += encoded.rows
+        together.places += encoded.places
+        together.notes += [f"{path}: {note}" for note in encoded.notes]
+    return together
+
+
+def _file_and_weight(word: str) -> tuple[str, float | None]:
+    path, equals, weight = word.rpartition("=")
+    if not equals or Path(word).is_file():
+        return word, None
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UsageError(f"--data {word}: weight {weight!r} is no number above 0")
+    return path, number
+
+
+# ---------------------------------------------------------------------------------------------
 # Examples -> batches
 
 
@@ -626,20 +735,38 @@ def pad(
     return input_ids, mask
 
 
+def padding(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens `pad` adds to those of the sequences."""
+    lengths = [len(ids) for ids in sequences]
+    return max(lengths) * len(lengths) - sum(lengths)
+
+
 class Batches(Iterator):
     """Endless batches in a seeded order that a resumed run sees again.
 
     Each epoch is one shuffle of the examples; within a window of 16 batches, examples of like
     length go together, so little is padded. What does not fill a batch waits for another epoch,
-    in another shuffle. The order depends on seed and epoch alone: the state is two numbers.
+    in another shuffle. With a `mixture` an epoch draws about as many examples, each file's share
+    of them by going on through shuffles of that file. The order depends on seed and epoch alone:
+    the state is two numbers.
     """
 
     WINDOW = 16  # batches
 
-    def __init__(self, examples: Sequence[Any], batch_size: int, seed: int):
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        batch_size: int,
+        seed: int,
+        mixture: Sequence[tuple[range, float]] = (),
+    ):
         self.examples = examples
-        self.batch_size = min(batch_size, len(examples))
         self.seed = seed
+        total = sum(weight for _, weight in mixture)
+        self.draws = [
+            (part, max(1, round(weight / total * len(examples)))) for part, weight in mixture
+        ]
+        self.batch_size = min(batch_size, len(self._drawn(0)))
         self.epoch = self.position = 0
         self._order = self._shuffled(0)
 
@@ -666,7 +793,7 @@ class Batches(Iterator):
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{epoch}")
-        order = list(range(len(self.examples)))
+        order = self._drawn(epoch)
         rng.shuffle(order)
         size, batches = self.batch_size, []
         order = order[: len(order) - len(order) % size]
@@ -677,3 +804,16 @@ class Batches(Iterator):
             batches += [window[i : i + size] for i in range(0, len(window), size)]
         rng.shuffle(batches)
         return batches
+
+    def _drawn(self, epoch: int) -> list[int]:
+        """The examples of an epoch: each once, or each file's share of them."""
+        if not self.draws:
+            return list(range(len(self.examples)))
+        drawn = []
+        for part, count in self.draws:
+            first, last = epoch * count, (epoch + 1) * count
+            for turn in range(first // len(part), math.ceil(last / len(part))):
+                rng = random.Random(f"{self.seed}/{part.start}/{turn}")
+                done = turn * len(part)
+                drawn += rng.sample(part, len(part))[max(0, first - done) : last - done]
+        return drawn

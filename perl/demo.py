@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ from typing import Any
 from tqdm import tqdm
 
 from perl import cafe
+from perl.commands import run_all, words
 from perl.config import DemoConfig, UsageError
-from perl.report import Answer, Arm, Phase, Sample, phase_cost, write_comparison
+from perl.report import Answer, Arm, Phase, Sample, phase_cost, text_table, write_comparison
 
 ARMS = {"LoRA": "lora", "full": "full"}
 ROLES = {"SFT": "policy", "reward": "reward", "REINFORCE": "policy"}  # phase -> trained role
@@ -58,11 +58,14 @@ def run(config: DemoConfig) -> None:
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"--out {out} exists and is not empty; give another folder, or remove it")
     started = time.perf_counter()
+    shared = ["--threads", str(config.threads), "--seed", str(config.seed)]
+    shared += ["--device", config.device]
     with tqdm(total=6, desc="demo", file=sys.stderr, dynamic_ncols=True) as bar:
 
         def phase(name: str, commands: Sequence[list[str]]) -> None:
             bar.set_postfix_str(name)
-            _side_by_side(commands, config, out)
+            lines = {f"{name}-{i}": [*line, *shared] for i, line in enumerate(commands)}
+            run_all(lines, out / "logs", at_once=len(lines))
             bar.update()
 
         world = cafe.build_world(config.seed)
@@ -76,7 +79,7 @@ def run(config: DemoConfig) -> None:
     results["seconds"] = time.perf_counter() - started
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = results_table(results)
-    print(_text(table))
+    print(text_table(table))
     page = write_comparison(
         out,
         "The cafe: LoRA beside full tuning",
@@ -99,19 +102,12 @@ def run(config: DemoConfig) -> None:
 # ---------------------------------------------------------------------- the commands of each phase
 
 
-def _command(name: str, **flags: Any) -> list[str]:
-    words = [name]
-    for key, value in flags.items():
-        words += ["--" + key.replace("_", "-"), str(value)]
-    return words
-
-
 def _run_folder(out: Path, phase: str, arm: str) -> Path:
     return out / f"{arm}-{ {'SFT': 'sft', 'reward': 'reward', 'REINFORCE': 'policy'}[phase] }"
 
 
 def pretrain(out: Path, recipe: Recipe) -> list[str]:
-    return _command(
+    return words(
         "sft", model=out / "world/init", data=out / "world/general.jsonl", tuning="full",
         steps=recipe.pretrain_steps, batch_size=48, lr=recipe.pretrain_lr, lr_schedule="cosine",
         checkpoint_every=10**6, out=out / "backbone",
@@ -120,7 +116,7 @@ def pretrain(out: Path, recipe: Recipe) -> list[str]:
 
 def sft(out: Path, recipe: Recipe, i: int) -> list[str]:
     arm = list(ARMS.values())[i]
-    return _command(
+    return words(
         "sft", model=out / "backbone", data=out / "world/sft.jsonl", tuning=arm,
         steps=recipe.sft_steps, batch_size=16, lr=recipe.sft_lr[i], lr_schedule="cosine",
         checkpoint_every=10**6,
@@ -130,7 +126,7 @@ def sft(out: Path, recipe: Recipe, i: int) -> list[str]:
 
 def reward(out: Path, recipe: Recipe, i: int) -> list[str]:
     arm = list(ARMS.values())[i]
-    return _command(
+    return words(
         "reward", model=_run_folder(out, "SFT", arm), data=out / "world/pairs.jsonl", tuning=arm,
         validation=out / "world/heldout_pairs.jsonl", validate_every=100,
         steps=recipe.reward_steps, batch_size=32, lr=recipe.reward_lr[i], lr_schedule="cosine",
@@ -142,7 +138,7 @@ def reward(out: Path, recipe: Recipe, i: int) -> list[str]:
 def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
     arm = list(ARMS.values())[i]
     lr = recipe.reinforce_lr[i]
-    return _command(
+    return words(
         "reinforce", model=_run_folder(out, "SFT", arm), data=out / "world/prompts.jsonl",
         reward_model=_run_folder(out, "reward", arm), tuning=arm, steps=recipe.reinforce_steps,
         prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr, value_lr=lr,
@@ -152,39 +148,11 @@ def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
 
 
 def answer(out: Path, recipe: Recipe, arm: str, name: str, model: str) -> list[str]:
-    return _command(
+    return words(
         "generate", model=out / f"{arm}-{model}", data=out / "world/heldout_prompts.jsonl",
         rows=recipe.rows, batch_size=64, max_new_tokens=NEW_TOKENS,
         out=out / f"{arm}-{name}.jsonl",
     )  # fmt: skip
-
-
-def _side_by_side(commands: Sequence[list[str]], config: DemoConfig, out: Path) -> None:
-    """Runs commands at the same time, in processes of their own; the first failure stops all."""
-    shared = [
-        "--threads",
-        str(config.threads),
-        "--seed",
-        str(config.seed),
-        "--device",
-        config.device,
-    ]
-    running = []
-    for command in commands:
-        log = (out / "commands.log").open("a", encoding="utf-8")
-        log.write(f"$ python -m perl {' '.join([*command, *shared])}\n")
-        log.flush()
-        words = [sys.executable, "-m", "perl", *command, *shared]
-        running.append(subprocess.Popen(words, stdout=log, stderr=log))
-        log.close()
-    try:
-        codes = [process.wait() for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    if any(codes):
-        lines = (out / "commands.log").read_text(encoding="utf-8").splitlines()
-        raise UsageError(f"a phase failed: {lines[-1]} (all output is in {out / 'commands.log'})")
 
 
 # ----------------------------------------------------------------------------------- the figures
@@ -257,18 +225,6 @@ def results_table(results: dict[str, Any]) -> list[dict[str, str]]:
         row("oracle after REINFORCE, 0 to 1", lambda f: f"{f['oracle_after']:.3f}"),
         row("KL to the anchor, nats per answer", lambda f: f"{f['kl']:.2f}"),
     ]
-
-
-def _text(table: list[dict[str, str]]) -> str:
-    widths = {key: max(len(key), *(len(row[key]) for row in table)) for key in table[0]}
-    lines = [{key: key for key in table[0]}, *table]
-    return "\n".join(
-        "  ".join(
-            row[key].ljust(width) if key == "" else row[key].rjust(width)
-            for key, width in widths.items()
-        )
-        for row in lines
-    )
 
 
 def _samples(out: Path, world: cafe.World, count: int = 6) -> list[Sample]:

@@ -25,10 +25,12 @@ from perl.config import (
 from perl.data import (
     KINDS,
     Rows,
+    columns_of,
     encode_examples,
     encode_labelled,
     encode_pairs,
     encode_prompts,
+    plain_text,
     prompt_room,
     read_rows,
     row_kind,
@@ -211,20 +213,21 @@ def describe(config: DataConfig) -> None:
     out = _new_file(config.out) if config.out else None
     rows = read_rows(config.path, config.format)
     kind = row_kind(rows)
-    print(f"{config.path}: {len(rows)} {kind} rows {{{', '.join(KINDS[kind])}}}")
+    columns = columns_of(rows, kind)
+    print(f"{config.path}: {len(rows)} {kind} rows {{{', '.join(columns)}}}")
     for note in rows.notes:
         print(note)
-    extra = sorted(set().union(*rows) - set(KINDS[kind]))
+    extra = sorted(set().union(*rows) - set(columns))
     if extra:
         print("other columns, ignored: " + ", ".join(extra))
     unit, length = _ruler(config.model)
-    for column in KINDS[kind]:
-        if column == "label":
-            counts = Counter(float(row["label"]) for row in rows)
+    for column in columns:
+        if column in ("label", "margin"):
+            counts = Counter(float(row[column]) for row in rows)
             shares = (
                 f"{value:g}: {n} ({n / len(rows):.1%})" for value, n in sorted(counts.items())[:10]
             )
-            print("label        " + ", ".join(shares))
+            print(f"{column:<12} " + ", ".join(shares))
         else:
             lengths = sorted(length(row[column]) for row in rows)
             print(
@@ -233,26 +236,22 @@ def describe(config: DataConfig) -> None:
                 f"longest {lengths[-1]}"
             )
     for row in rows[: config.rows]:
-        print(json.dumps({column: row[column] for column in KINDS[kind]}, ensure_ascii=False))
+        print(json.dumps({column: row[column] for column in columns}, ensure_ascii=False))
     if out:
         _write_rows(out, rows)
 
 
 def _ruler(model: str | None) -> tuple[str, Any]:
     """(unit, function) that measures a text or a list of messages."""
-
-    def as_text(value: str | list[dict]) -> str:
-        return value if isinstance(value, str) else "\n".join(m["content"] for m in value)
-
     if model is None:
-        return "characters", lambda value: len(as_text(value))
+        return "characters", lambda value: len(plain_text(value))
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UsageError(f"no tokenizer in --model {model}: {str(error).splitlines()[0]}") from None
-    return "tokens", lambda value: len(tokenizer(as_text(value))["input_ids"])
+    return "tokens", lambda value: len(tokenizer(plain_text(value))["input_ids"])
 
 
 def _write_cafe(config: DataConfig) -> None:

@@ -34,11 +34,11 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.lr, self.steps, self.schedule = lr, steps, schedule
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
-        # one call of AdamW's kernels takes sharded tensors or others, not both
+        # one call of AdamW's kernel takes sharded tensors or others, not both
         sharded = [p for p in self.parameters.values() if distributed.is_sharded(p)]
         others = [p for p in self.parameters.values() if not distributed.is_sharded(p)]
         groups = [{"params": group} for group in (others, sharded) if group]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def clip(self) -> float:
         """Scales gradients down to `max_grad_norm` and returns their norm before that.
@@ -90,8 +90,6 @@ class Optimizer:
                     f"the checkpoint's optimizer state does not fit {name}; it "
                     "belongs to another model or rank"
                 )
-            # The step count stays on the CPU, where AdamW keeps it.
             self.adamw.state[parameter] = {
-                key: tensor if tensor.dim() == 0 else distributed.as_part_of(tensor, parameter)
-                for key, tensor in moments.items()
+                key: distributed.as_part_of(tensor, parameter) for key, tensor in moments.items()
             }

@@ -86,8 +86,44 @@ class Bars:
     values: Mapping[str, Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """A drawing of how many values lie between `edges`, label -> one count less than edges."""
+
+    title: str
+    unit: str
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A drawing of the share that came true over the probability that was said, a dot per bin.
+
+    On the diagonal the two are the same. The area of a dot is its share of the cases.
+    """
+
+    title: str
+    unit: str
+    said: Sequence[float]
+    found: Sequence[float]
+    count: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A drawing of repeated measurements, label -> {group: values}: dots, a dash at their mean."""
+
+    title: str
+    unit: str
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+Drawing = Panel | Bars | Histogram | Reliability | Spread
+
+
 def write_run_report(run_folder: str | Path) -> Path:
-    """Writes report.html and curves.png into the folder of an sft, reward or reinforce run.
+    """Writes report.html and its figures into the folder of an sft, reward or reinforce run.
 
     Raises:
         UsageError: the folder holds no metrics.jsonl.
@@ -108,6 +144,7 @@ def write_run_report(run_folder: str | Path) -> Path:
         [
             ("Learning curves", _drawings(folder / "curves.png", panels)),
             ("Figures", _table(_figures(rows, curves))),
+            ("Held-out answers", _drawings(folder / "held_out.png", _held_out(rows, config))),
             ("Samples", _samples(run_samples(folder))),
             ("Configuration", _configuration(config)),
         ],
@@ -175,6 +212,26 @@ def phase_cost(run_folder: str | Path) -> dict[str, float]:
     return cost | ({"peak_mb": max(peaks)} if peaks else {})
 
 
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns, all but the first to the right; the keys of the first row are the heads."""
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    first = next(iter(widths))
+    return "\n".join(
+        "  ".join(
+            row[key].ljust(width) if key == first else row[key].rjust(width)
+            for key, width in widths.items()
+        )
+        for row in [{key: key for key in widths}, *rows]
+    )
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same in Markdown."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    lines = [rows[0].keys(), rule, *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def run_samples(run_folder: str | Path) -> list[Sample]:
     """The first and the last answers to each sampled prompt; empty where a run samples nothing."""
     by_step: dict[int, Rows] = {}
@@ -239,7 +296,9 @@ def _summary(rows: Rows, config: dict[str, Any]) -> str:
         parts.append(f"LoRA of rank {config['lora_rank']}")
     elif config:
         parts.append("full tuning")
-    parts += [f"{key} {config[key]}" for key in ("model", "data") if key in config]
+    files = config.get("data", [])
+    parts += [f"model {config['model']}"] if "model" in config else []
+    parts += [f"data {' '.join(files) if isinstance(files, list) else files}"] if files else []
     return " · ".join(parts)
 
 
@@ -279,6 +338,11 @@ _AUC = _Curve(
     "share",
     {"validation_auc": "AUC", "validation_balanced_accuracy": "balanced accuracy"},
 )
+_GAP = _Curve(
+    "Good less bad scores, held out",
+    "score",
+    {"validation_gap": "mean", "validation_gap_std": "standard deviation"},
+)
 _ENTROPY = _Curve("Entropy", "nats per token", {"entropy": "training"})
 _CURVES = (
     _REWARD,
@@ -287,6 +351,8 @@ _CURVES = (
     _Curve("Perplexity", "", {"validation_perplexity": "held out"}),
     _ACCURACY,
     _AUC,
+    _GAP,
+    _Curve("Calibration error, held out", "probability", {"validation_ece": "expected"}),
     _ENTROPY,
     _Curve("Answer length", "tokens", {"length": "training"}),
     _Curve("Value loss", "squared error", {"value_loss": "training"}),
@@ -301,6 +367,7 @@ _CURVES = (
         {"step_s": "whole step", "rollout_s": "rollout", "score_s": "score", "learn_s": "learn"},
         1e3,
     ),
+    _Curve("Padding", "share of the tokens computed", {"padding": "training"}),
     _Curve("Throughput", "tokens / s", {"tokens_per_s": "training"}),
     _Curve("Peak memory", "MB", {"peak_memory_bytes": "so far"}, 1e-6),
     _Curve("Log-probability, sampled against learned", "nats", {"max_abs_dlogp": "largest gap"}),
@@ -323,6 +390,25 @@ def _curves(rows: Rows, kind: str) -> list[_Curve]:
         for curve in curves
     }
     return [replace(c, keys=present[c.title]) for c in curves if present[c.title]]
+
+
+def _held_out(rows: Rows, config: dict[str, Any]) -> list[Reliability | Histogram]:
+    """Of the validation that made the published checkpoint: the best, and the first of equals."""
+    metric = config.get("best_metric")
+    sign = -1 if metric == "loss" else 1
+    validated = [row for row in rows if _is_number(row.get(f"validation_{metric}"))]
+    if not validated:
+        return []
+    best = max(validated, key=lambda row: sign * row[f"validation_{metric}"])
+    counts = dict(best["validation_histogram"])
+    return [
+        Reliability(
+            f"Reliability at step {best['step']:,}",
+            "share that came true",
+            **best["validation_reliability"],
+        ),
+        Histogram(f"Scores at step {best['step']:,}", "answers", counts.pop("edges"), counts),
+    ]
 
 
 def _figures(rows: Rows, curves: Sequence[_Curve]) -> list[dict[str, Any]]:
@@ -434,7 +520,7 @@ _STYLE = {
 }
 
 
-def _drawings(png: Path, drawings: Sequence[Panel | Bars]) -> str:
+def _drawings(png: Path, drawings: Sequence[Drawing]) -> str:
     """The drawings as inline SVG, side by side where there is room; all of them in `png` too."""
     drawings = [d for d in drawings if any(map(len, _points(d)))]
     if not drawings:
@@ -467,19 +553,66 @@ def _drawings(png: Path, drawings: Sequence[Panel | Bars]) -> str:
     return f'{note}<div class="drawings">{"".join(pictures)}</div>'
 
 
-def _points(drawing: Panel | Bars) -> list[Any]:
-    if isinstance(drawing, Bars):
+def write_figure(path: Path, drawings: Sequence[Drawing], columns: int = 3) -> None:
+    """Writes the drawings as one SVG file, light or dark as the page that shows it.
+
+    Raises:
+        UsageError: matplotlib is not there.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("the figure needs matplotlib: pip install matplotlib") from None
+    rows = math.ceil(len(drawings) / columns)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": path.name}):
+        size = (_SIZE[0] * min(columns, len(drawings)), _SIZE[1] * rows)
+        whole, svg = Figure(figsize=size, layout="constrained"), io.StringIO()
+        places = whole.subfigures(rows, min(columns, len(drawings)), squeeze=False).flat
+        for drawing, place in zip(drawings, places, strict=False):
+            _draw(drawing, place)
+        whole.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue()
+    for colour in _DARK:
+        text = text.replace(colour, f"var({_variable(colour)})")
+    light, dark = _colours()
+    style = (
+        f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    )
+    head = text.index(">", text.index("<svg")) + 1
+    path.write_text(f"{text[:head]}{style}</style>{text[head:]}", encoding="utf-8")
+
+
+def _colours() -> tuple[str, str]:
+    """The CSS variables of both schemes, light and dark."""
+    light = "".join(f"{_variable(colour)}:{colour};" for colour in _DARK)
+    return light, "".join(f"{_variable(colour)}:{other};" for colour, other in _DARK.items())
+
+
+def _points(drawing: Drawing) -> list[Any]:
+    if isinstance(drawing, Bars | Spread):
         return list(drawing.values.values())
+    if isinstance(drawing, Histogram):
+        return list(drawing.counts.values())
+    if isinstance(drawing, Reliability):
+        return [drawing.said]
     return [steps for steps, _ in drawing.lines.values()]
 
 
-def _draw(drawing: Panel | Bars, figure: Any) -> None:
+def _draw(drawing: Drawing, figure: Any) -> None:
     """Draws into a matplotlib Figure."""
     axes = figure.subplots()
     axes.set_title(drawing.title, loc="left")
     axes.set_ylabel(drawing.unit)
     axes.tick_params(length=3)
-    labels = _draw_bars(drawing, axes) if isinstance(drawing, Bars) else _draw_lines(drawing, axes)
+    draw = {
+        Panel: _draw_lines,
+        Bars: _draw_bars,
+        Histogram: _draw_histogram,
+        Reliability: _draw_reliability,
+        Spread: _draw_spread,
+    }[type(drawing)]
+    labels = draw(drawing, axes)
     if labels > 1:
         figure.legend(loc="outside lower center", ncols=min(labels, 4), handlelength=1.2)
 
@@ -533,6 +666,49 @@ def _draw_bars(bars: Bars, axes: Any) -> int:
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.12)
     return len(bars.values)
+
+
+def _draw_histogram(histogram: Histogram, axes: Any) -> int:
+    """Counts over each other, half transparent; returns the number of labels."""
+    for colour, (label, counts) in zip(cycle(_COLOURS), histogram.counts.items(), strict=False):
+        axes.stairs(counts, histogram.edges, fill=True, color=colour, alpha=0.35)
+        axes.stairs(counts, histogram.edges, color=colour, linewidth=1.5, label=label)
+    axes.set_xlabel("score")
+    return len(histogram.counts)
+
+
+def _draw_reliability(reliability: Reliability, axes: Any) -> int:
+    """Dots beside the diagonal; they are labelled by the axes alone."""
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
+    axes.plot(reliability.said, reliability.found, color=_COLOURS[0], linewidth=1.5)
+    area = [400 * count / sum(reliability.count) for count in reliability.count]
+    axes.scatter(reliability.said, reliability.found, area, color=_COLOURS[0], alpha=0.6)
+    axes.set_xlabel("probability that the scores say")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return 1
+
+
+def _draw_spread(spread: Spread, axes: Any) -> int:
+    """The labels of a group side by side; returns their number."""
+    groups = list(dict.fromkeys(group for values in spread.values.values() for group in values))
+    width = 0.8 / len(spread.values)
+    for i, (colour, (label, values)) in enumerate(
+        zip(cycle(_COLOURS), spread.values.items(), strict=False)
+    ):
+        places = [groups.index(group) - 0.4 + (i + 0.5) * width for group in values]
+        means = [statistics.fmean(repeated) for repeated in values.values()]
+        axes.hlines(
+            means, [x - 0.4 * width for x in places], [x + 0.4 * width for x in places],
+            colors=colour, linewidth=1.8, label=label,
+        )  # fmt: skip
+        dots = [
+            (x, y) for x, repeated in zip(places, values.values(), strict=True) for y in repeated
+        ]
+        axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3, alpha=0.5)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.12)
+    return len(spread.values)
 
 
 def _inline(svg: str, prefix: str, name: str) -> str:
@@ -629,8 +805,7 @@ def _write(
     parts = [f"<h1>{_shown(title)}</h1>"]
     parts += [f"<p>{_shown(note)}</p>" for note in notes]
     parts += [f"<section><h2>{head}</h2>{body}</section>" for head, body in sections if body]
-    light = "".join(f"{_variable(colour)}:{colour};" for colour in _DARK)
-    dark = "".join(f"{_variable(colour)}:{other};" for colour, other in _DARK.items())
+    light, dark = _colours()
     page = _PAGE.format(
         title=_shown(title), light=light, dark=dark, css=_CSS, body="\n".join(parts)
     )

@@ -1,6 +1,6 @@
-"""Reward models and reward functions: losses, held-out metrics, and scoring of answers.
+"""Reward models and reward functions: losses, held-out figures, and scoring of answers.
 
-    pairwise   loss = −log σ(r(x, y_w) − r(x, y_l))                        Bradley-Terry
+    pairwise   loss = −log σ(d),  d = r(x, y_w) − r(x, y_l) − margin       Bradley-Terry
     pointwise  loss = −p log σ(r) − (1 − p) log(1 − σ(r))                  thumbs up or down
 
 arXiv 2403.10704 prints σ(1 − r) for the negative term of the second; the standard 1 − σ(r) is
@@ -22,51 +22,147 @@ from torch.nn import functional as F
 from perl import distributed
 from perl.backbone import Backbone
 from perl.config import UsageError
-from perl.data import Labelled, Pair, pad
+from perl.data import Encoded, Labelled, Pair, pad
+from perl.run import NonFiniteLoss
 from perl.training import by_length
 
 # ---------------------------------------------------------------------------------------------
-# Losses and metrics
+# Losses
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
-    """−log σ(chosen − rejected) of each pair of scores."""
-    return -F.logsigmoid(chosen - rejected)
+def bradley_terry_loss(
+    chosen: Tensor,  # (B,)
+    rejected: Tensor,  # (B,)
+    margin: Tensor | float = 0.0,  # (B,)
+    *,
+    label_smoothing: float = 0.0,
+    center: float = 0.0,
+) -> Tensor:  # (B,)
+    """−log σ(d) of each pair of scores, d = chosen − rejected − margin.
+
+    margin: by how much the chosen answer is to score higher (arXiv 2307.09288, equation 2).
+    label_smoothing: the probability ε that a preference is the wrong way round; the loss becomes
+    −(1 − ε) log σ(d) − ε log σ(−d) (arXiv 2401.06080).
+    center: weight of (chosen + rejected)², which settles where scores have their zero, as a
+    difference alone does not (arXiv 2312.09244; TRL's center_rewards_coefficient).
+    """
+    difference = chosen - rejected - margin
+    loss = label_smoothing * difference - F.logsigmoid(difference)  # log σ(−d) = log σ(d) − d
+    return loss + center * (chosen + rejected).square() if center else loss
 
 
 def pointwise_loss(
     scores: Tensor,  # (B,)
     labels: Tensor,  # (B,) in [0, 1]
     weights: tuple[float, float] = (1.0, 1.0),
+    *,
+    label_smoothing: float = 0.0,
 ) -> Tensor:  # (B,)
-    """Binary cross-entropy of σ(score); `weights` multiply the terms of bad and good answers."""
+    """Binary cross-entropy of σ(score); `weights` multiply the terms of bad and good answers.
+
+    label_smoothing: the probability ε that a label is wrong; p becomes (1 − ε) p + ε (1 − p).
+    """
     bad, good = weights
+    labels = labels + label_smoothing * (1 - 2 * labels)
     return -(good * labels * F.logsigmoid(scores) + bad * (1 - labels) * F.logsigmoid(-scores))
 
 
-def pairwise_accuracy(chosen: Tensor, rejected: Tensor) -> float:
-    """The share of pairs whose chosen answer scores higher; a tie counts one half."""
-    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+# ---------------------------------------------------------------------------------------------
+# Figures of scores
 
 
-def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """accuracy, balanced_accuracy and auc of scores (N,) against labels (N,), good above 0.5.
+def pairwise_figures(chosen: Tensor, rejected: Tensor) -> dict[str, Any]:  # (N,), (N,)
+    """Figures of the scores of N pairs, from the probability σ(gap) of the right order.
 
-    The decision threshold is score 0, that is σ = 1/2. auc is the chance that a good answer
-    scores above a bad one, ties one half. Without both kinds of label the last two are NaN.
+    loss: mean −log σ(gap), gap = chosen − rejected, whatever the loss in training added to it.
+    accuracy: share of pairs whose chosen answer scores higher; a tie counts one half.
+    auc: chance that a chosen answer scores above a rejected one of any pair; ties one half.
+    gap, gap_std: mean and standard deviation of the gap.
+    ece, reliability: of the order that the scores say, held with confidence σ(|gap|).
+    histogram: of the scores of chosen and of rejected answers.
     """
-    good = labels > 0.5
-    right = (scores > 0) == good
-    positive, negative = scores[good].double(), scores[~good].double()
-    metrics = {"accuracy": right.double().mean().item()}
-    if not len(positive) or not len(negative):
-        return metrics | {"balanced_accuracy": math.nan, "auc": math.nan}
-    balanced = (right[good].double().mean() + right[~good].double().mean()).item() / 2
-    ranked = negative.sort().values
-    below = torch.searchsorted(ranked, positive, right=False).double()
-    not_above = torch.searchsorted(ranked, positive, right=True).double()
-    auc = ((below + not_above) / 2).mean().item() / len(negative)
-    return metrics | {"balanced_accuracy": balanced, "auc": auc}
+    gaps = (chosen - rejected).double()
+    right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    return {
+        "loss": bradley_terry_loss(chosen, rejected).mean().item(),
+        "accuracy": right.mean().item(),
+        "auc": area_under_curve(chosen, rejected),
+        "gap": gaps.mean().item(),
+        "gap_std": gaps.std(correction=0).item(),
+        **calibration(gaps.abs().sigmoid(), right),
+        "histogram": histogram(chosen, rejected),
+    }
+
+
+def pointwise_figures(scores: Tensor, labels: Tensor) -> dict[str, Any]:  # (N,), (N,)
+    """Figures of N scores against labels in [0, 1], good above 0.5, from the probability σ(score).
+
+    loss: mean cross-entropy, both labels weighing alike.
+    accuracy, balanced_accuracy: with the threshold at score 0; balanced is the mean of the
+    accuracies on good and on bad answers.
+    auc: chance that a good answer scores above a bad one; ties one half.
+    gap, gap_std: mean and standard deviation of the difference of a good and a bad score.
+    ece, reliability: of σ(score) as the probability of a good answer.
+    histogram: of the scores of good and of bad answers.
+    Without both kinds of label balanced_accuracy, auc, gap and gap_std are NaN.
+    """
+    is_good = labels > 0.5
+    right = ((scores > 0) == is_good).double()
+    good, bad = scores[is_good].double(), scores[~is_good].double()
+    recalls = right[is_good].mean(), right[~is_good].mean()
+    spread = sum((part - part.mean()).square().mean() for part in (good, bad))
+    return {
+        "loss": pointwise_loss(scores, labels).mean().item(),
+        "accuracy": right.mean().item(),
+        "balanced_accuracy": sum(recalls).item() / 2,
+        "auc": area_under_curve(good, bad),
+        "gap": (good.mean() - bad.mean()).item(),
+        "gap_std": spread.sqrt().item(),
+        **calibration(scores.double().sigmoid(), labels.double()),
+        "histogram": histogram(good, bad),
+    }
+
+
+def area_under_curve(good: Tensor, bad: Tensor) -> float:  # (P,), (Q,)
+    """The chance that one of `good` is above one of `bad`, ties one half; NaN without both."""
+    if not len(good) or not len(bad):
+        return math.nan
+    ranked = bad.sort().values
+    below = torch.searchsorted(ranked, good, right=False).double()
+    not_above = torch.searchsorted(ranked, good, right=True).double()
+    return ((below + not_above) / 2).mean().item() / len(bad)
+
+
+def calibration(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> dict[str, Any]:
+    """Whether what is said with probability p is true in a share p of cases; both (N,).
+
+    reliability: of each of `bins` equal parts of [0, 1] that holds any, the mean probability
+    "said", the mean outcome "found", and the "count".
+    ece: expected calibration error, the mean of |said − found| over cases (arXiv 1706.04599).
+    """
+    number = (probabilities * bins).long().clamp_(0, bins - 1)
+    counts = number.bincount(minlength=bins)
+    held = counts > 0
+    said, found = (
+        number.bincount(values, bins)[held] / counts[held] for values in (probabilities, outcomes)
+    )
+    ece = ((said - found).abs() * counts[held]).sum().item() / len(probabilities)
+    reliability = {"said": said, "found": found, "count": counts[held]}
+    return {"ece": ece, "reliability": {key: v.tolist() for key, v in reliability.items()}}
+
+
+def histogram(good: Tensor, bad: Tensor, bins: int = 24) -> dict[str, list[float]]:
+    """Counts of both between common "edges", `bins` + 1 of them."""
+    scores = torch.cat([good, bad]).double()
+    low, high = scores.min().item(), scores.max().item()
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = {
+        name: torch.histc(part.double(), bins, low, high).tolist()
+        for name, part in (("good", good), ("bad", bad))
+    }
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    return {"edges": edges.tolist(), **counts}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -105,20 +201,29 @@ def sequences(batch: Sequence[Pair] | Sequence[Labelled]) -> list[list[int]]:
 
 
 def reward_figures(
-    backbone: Backbone,
-    role: str,
-    examples: Sequence[Pair] | Sequence[Labelled],
-    batch_size: int,
-) -> dict[str, float]:
-    """Loss with accuracy (pairs), or with accuracy, balanced_accuracy and auc (labels)."""
+    backbone: Backbone, role: str, examples: Encoded, batch_size: int
+) -> dict[str, Any]:
+    """`figures_of_scores` of a reward role's scores.
+
+    Raises NonFiniteLoss, naming the row, where a score is not finite.
+    """
     scores = score_all(backbone, role, sequences(examples), batch_size)
+    for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
+        place = examples.places[i % len(examples)]
+        raise NonFiniteLoss(
+            f"{place}: the score is {scores[i]}; start again with a lower --lr, or --dtype float32"
+        )
+    return figures_of_scores(scores, examples)
+
+
+def figures_of_scores(
+    scores: Tensor,  # (N,), in the order of `sequences(examples)`
+    examples: Sequence[Pair] | Sequence[Labelled],
+) -> dict[str, Any]:
+    """`pairwise_figures` of pairs, `pointwise_figures` of labelled rows."""
     if isinstance(examples[0], Pair):
-        chosen, rejected = scores.view(2, -1)
-        loss = bradley_terry_loss(chosen, rejected).mean().item()
-        return {"loss": loss, "accuracy": pairwise_accuracy(chosen, rejected)}
-    labels = torch.tensor([row.label for row in examples])
-    loss = pointwise_loss(scores, labels).mean().item()
-    return {"loss": loss} | classification_metrics(scores, labels)
+        return pairwise_figures(*scores.view(2, -1))
+    return pointwise_figures(scores, torch.tensor([row.label for row in examples]))
 
 
 RewardFunction = Callable[[Sequence[Any], Sequence[str]], list[float]]

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,15 @@ import perl_kernels as pk
 from perl import distributed, reinforce
 from perl.backbone import Backbone
 from perl.config import ReinforceConfig
-from perl.data import Batches, Encoded, encode_prompts, prompt_room, read_rows, want_kind
+from perl.data import (
+    Batches,
+    Encoded,
+    encode_prompts,
+    load_files,
+    prompt_room,
+    read_rows,
+    want_kind,
+)
 from perl.memory import PeakMemory
 from perl.reward import load_reward_function
 from perl.rollout import Rollout, draw, generate
@@ -82,11 +91,9 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
     # ---- load: everything that can be refused is refused before the run folder exists
     run = Run.create(config.out, config)
     backbone = open_backbone(config, tuning=config.tuning, lora=lora_config(config), reference=True)
-    encoded = load_prompts(config, config.data, backbone)
-    prompts = with_text(encoded)
-    held_out = []
-    if config.validation:
-        held_out = with_text(load_prompts(config, config.validation, backbone))
+    load = partial(load_prompts, config, backbone)
+    encoded, validation = load_files(config.data, config.validation, load)
+    prompts, held_out = with_text(encoded), with_text(validation or Encoded())
     score = make_scorer(config, backbone)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
@@ -98,12 +105,12 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
     optimizers = {"policy": make_optimizer(config, backbone, "policy", config.lr)}
     if config.baseline == "value":
         optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
-    batches = Batches(prompts, config.prompts_per_step, config.seed)
+    batches = Batches(prompts, config.prompts_per_step, config.seed, encoded.mixture)
     begin(config, checkpoint, optimizers, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
-        say_notes(run, config.data, encoded)
+        say_notes(run, encoded, validation)
         if run.step == 0:
             write_samples(run, 0, config, backbone, prompts, score)
             if held_out:
@@ -155,7 +162,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- loading
 
 
-def load_prompts(config: ReinforceConfig, path: str, backbone: Backbone) -> Encoded:
+def load_prompts(config: ReinforceConfig, backbone: Backbone, path: str) -> Encoded:
     """Prompts that leave room for `max_new_tokens` in the context."""
     context = backbone.config.max_position_embeddings
     room = prompt_room(config.max_tokens, config.max_new_tokens, context)

@@ -12,12 +12,13 @@ label smoothing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from perl import distributed
 from perl.backbone import Backbone
 from perl.config import SftConfig
-from perl.data import Batches, Encoded, encode_examples, read_rows, want_kind
+from perl.data import Batches, Encoded, encode_examples, load_files, read_rows, want_kind
 from perl.memory import PeakMemory
 from perl.run import Run
 from perl.training import (
@@ -44,18 +45,18 @@ def train(config: SftConfig) -> dict[str, Any]:
     # ---- load: everything that can be refused is refused before the run folder exists
     run = Run.create(config.out, config)
     backbone = open_backbone(config, tuning=config.tuning, lora=lora_config(config))
-    examples = load_examples(config, config.data, backbone)
-    held_out = load_examples(config, config.validation, backbone) if config.validation else None
+    load = partial(load_examples, config, backbone)
+    examples, held_out = load_files(config.data, config.validation, load)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
     shard(config, backbone)
     optimizer = make_optimizer(config, backbone, "policy", config.lr)
-    batches = Batches(examples, config.batch_size, config.seed)
+    batches = Batches(examples, config.batch_size, config.seed, examples.mixture)
     begin(config, checkpoint, {"policy": optimizer}, batches)
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak:
-        say_notes(run, config.data, examples)
+        say_notes(run, examples, held_out)
         for step in run.steps(config.steps, "sft"):
             timer, batch = Timer(backbone.device), next(batches)
             mine = distributed.share(batch)
@@ -95,7 +96,7 @@ def train(config: SftConfig) -> dict[str, Any]:
     return {"policy": str(result), "step": best.step} | run.metrics_at(best.step)
 
 
-def load_examples(config: SftConfig, path: str, backbone: Backbone) -> Encoded:
+def load_examples(config: SftConfig, backbone: Backbone, path: str) -> Encoded:
     rows = read_rows(path, config.format)
     kind = want_kind(rows, ["completion", "messages", "text"], "sft")
     return encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))

@@ -203,9 +203,10 @@ def language_figures(
     return {"loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}
 
 
-def say_notes(run: Run, what: str, encoded: Encoded) -> None:
-    for note in encoded.notes:
-        run.say(f"{what}: {note}")
+def say_notes(run: Run, *data: Encoded | None) -> None:
+    """What was cut, left out or found in the data, a line each."""
+    for note in (note for encoded in data if encoded for note in encoded.notes):
+        run.say(note)
 
 
 def peak_memory(peak: PeakMemory) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .adapters import (
     unmerge_lora,
 )
 from .blocks import lean_blocks
+from .cpu_pool import empty_cpu_pool, use_cpu_pool
 from .explain import explain
 from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
 from .layers import LoRALayer, LoRALinear
@@ -52,6 +53,7 @@ __all__ = [
     "average_adapters",
     "checkpoint_contexts",
     "disable_adapters",
+    "empty_cpu_pool",
     "explain",
     "kl",
     "lean_blocks",
@@ -73,5 +75,6 @@ __all__ = [
     "unload_lora",
     "unmerge_lora",
     "use_backend",
+    "use_cpu_pool",
     "use_tuned",
 ]

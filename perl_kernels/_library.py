@@ -225,6 +225,8 @@ def show_config() -> None:
             "           no packed copy of a weight is kept between calls; scratch: at most "
             f"{torch.ops.perl_kernels.cpu_scratch_bytes() >> 20} MiB a thread"
         )
+        used, kept = (b >> 20 for b in torch.ops.perl_kernels.cpu_pool_bytes())
+        print(f"           pool of large tensors: {used} MiB in use, {kept} MiB kept free")
     print(f"tuned      {config_line()}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -237,3 +239,6 @@ def show_config() -> None:
 define("cpu_capability() -> str")
 define("cpu_scratch_bytes() -> int")
 define("use_compiled_on_cpu(bool wanted) -> ()")
+define("use_cpu_pool() -> bool")
+define("cpu_pool_bytes() -> int[]")  # in use, kept free
+define("empty_cpu_pool() -> ()")

@@ -87,10 +87,8 @@ PINNED: dict[tuple[str, int], dict[str, Tile]] = {
     ("head_dz", 4): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_V=64, BLOCK_H=16, GROUP=16)},
     ("head_dz_ref", 2): {"any": _tile(8, 3, BLOCK_N=64, BLOCK_V=128, BLOCK_H=64, GROUP=16)},
     ("head_dz_ref", 4): {"any": _tile(4, 3, BLOCK_N=32, BLOCK_V=64, BLOCK_H=16, GROUP=16)},
-    ("head_block", 2): {"any": _tile(8, 1, BLOCK_V=8192)},
-    ("head_block", 4): {"any": _tile(8, 1, BLOCK_V=8192)},
-    ("head_units", 2): {"any": _tile(4, 1, BLOCK_H=1024)},
-    ("head_units", 4): {"any": _tile(4, 1, BLOCK_H=1024)},
+    ("head_rows", 2): {"any": _tile(8, 1, BLOCK_V=4096)},
+    ("head_rows", 4): {"any": _tile(8, 1, BLOCK_V=4096)},
     ("logits_stats", 2): {"any": _tile(8, 2, BLOCK_V=4096)},
     ("logits_stats", 4): {"any": _tile(8, 2, BLOCK_V=2048)},
     ("logits_grad", 2): {"any": _tile(4, 2, BLOCK_V=2048)},
@@ -318,6 +316,66 @@ def write_stats(
         if HAS_TARGET:
             ref_log_prob = tl.where(counted, tq - mq - log_lq, 0.0)
             tl.store(ref_log_prob_ptr + rows, ref_log_prob, mask=in_rows)
+
+
+@triton.jit
+def load_z(
+    logits_ptr,  # (N, V)
+    bias_ptr,  # (V,) or None
+    row, columns, V, stride_n, stride_v, inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The logits of one row before softcap and temperature, and z, (1, columns) float32; beyond V
+    z is -inf"""
+    inside = columns[None, :] < V
+    raw = tl.load(at(logits_ptr, row, columns, stride_n, stride_v), mask=inside, other=0.0)
+    raw = raw.to(tl.float32)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    z = transform(raw, inverse_temperature, softcap, HAS_SOFTCAP)
+    return raw, tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def row_stats(
+    logits_ptr, ref_ptr,  # (rows, V); the second may be None
+    bias_ptr,  # (V,) or None
+    target_ptr,  # (N,) or None
+    log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr,  # (N,) float32
+    ref_log_prob_ptr, gap_ptr, kl_ptr,  # (N,) float32
+    row, ref_row, V, ignore_index, stride_zn, stride_zv, stride_qn, stride_qv,
+    inverse_temperature, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write the Stats of one row of logits, and of the reference's row beside it."""
+    if target_ptr is not None:
+        target = tl.load(target_ptr + row)
+        counted = target != ignore_index
+    else:
+        counted = row >= 0
+    m = tl.full((1,), LOWEST, tl.float32)
+    ell, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    for first in range(0, V, BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        _, z = load_z(
+            logits_ptr, bias_ptr, row, columns, V, stride_zn, stride_zv,
+            inverse_temperature, softcap, HAS_SOFTCAP,
+        )  # fmt: skip
+        zq = z
+        if ref_ptr is not None:
+            _, zq = load_z(
+                ref_ptr, bias_ptr, ref_row, columns, V, stride_qn, stride_qv,
+                inverse_temperature, softcap, HAS_SOFTCAP,
+            )  # fmt: skip
+        m, ell, u, mq, lq, d = fold(z, zq, m, ell, u, mq, lq, d, ref_ptr is not None)
+        if target_ptr is not None:
+            t = pick(z, columns, target, t)
+            if ref_ptr is not None:
+                tq = pick(zq, columns, target, tq)
+    write_stats(
+        log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr, ref_log_prob_ptr, gap_ptr, kl_ptr,
+        row, row >= 0, counted, m, ell, u, t, mq, lq, d, tq,
+        target_ptr is not None, ref_ptr is not None,
+    )  # fmt: skip
 
 
 @triton.jit

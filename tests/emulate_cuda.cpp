@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/lora_linear.cuh run on a CPU, as they are: a block's threads are
+// The kernels of csrc/cuda/lora_linear.cuh and head.cuh run on a CPU, as they are: a block's threads are
 // coroutines, ldmatrix and mma.sync follow the tables of the PTX manual in float32, shared and
 // fresh global memory is full of NaN. tests/test_cuda_emulation.py compiles and calls this.
 //
@@ -58,6 +58,7 @@ struct Copy {
 struct Shown {
   const void* row;             // in ldmatrix
   uint32_t left[4], right[2];  // in mma
+  float x;                     // in shfl
 };
 
 struct Thread {
@@ -159,6 +160,9 @@ static bool run_block(Block& one) {
 
 namespace perl_kernels {
 
+float to_float(float x) { return x; }
+float to_float(BFloat16 x) { return bf16_as_float(x.bits); }
+
 template <typename T>
 T from_float(float x) {
   if constexpr (std::is_same_v<T, float>) {
@@ -172,6 +176,13 @@ T from_float(float x) {
 }
 
 unsigned char* shared_memory() { return block->memory.data(); }
+
+float of_other_lane(float x, int mask) {
+  Shown mine{};
+  mine.x = x;
+  show(mine);
+  return shown_by(threadIdx.x % 32 ^ mask).x;
+}
 
 static void check_aligned(const void* at, const char* what) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) block->trouble = what;
@@ -248,6 +259,7 @@ void multiply(float (&acc)[4], const uint32_t (&left)[4], uint32_t right0, uint3
 
 }  // namespace perl_kernels
 
+#include "head.cuh"
 #include "lora_linear.cuh"
 
 // ------------------------------------------------------------------------------------------------
@@ -318,6 +330,28 @@ extern "C" const char* emulate_ds_db(const int64_t* machine, const int64_t* dy, 
           ds_stride, of_db);
   };
   db_is_float ? run(static_cast<float*>(db)) : run(static_cast<BFloat16*>(db));
+  return emulator.trouble;
+}
+
+// logits (sides * rows, columns) and dz as matrices, whose rows say which there are; `row`: addresses
+// of bias, target, the seven statistics, d_log_prob and d_kl, 0 for none.
+extern "C" const char* emulate_head_rows(const int64_t* machine, const int64_t* logits,
+                                         const int64_t* dz, const int64_t* row, int64_t rows,
+                                         float inverse_temperature, float softcap,
+                                         int64_t ignore_index, int is_float) {
+  Emulator emulator{int(machine[0]), int(machine[1]), machine[2] != 0, machine[3] != 0};
+  auto number = [&](int i) { return reinterpret_cast<float*>(row[i]); };
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    const HeadRows<T> of{
+        reinterpret_cast<const float*>(logits[0]), rows, logits[2], logits[3],
+        reinterpret_cast<const T*>(row[0]), reinterpret_cast<const int64_t*>(row[1]), ignore_index,
+        {inverse_temperature, softcap}, number(2), number(3), number(4), number(5), number(6),
+        number(7), number(8), number(9), number(10),
+        dz[1] > 0 ? reinterpret_cast<T*>(dz[0]) : nullptr, dz[1] > rows, dz[3]};
+    head_rows(emulator, of, logits[1] > rows);
+  };
+  is_float ? run(float{}) : run(BFloat16{});
   return emulator.trouble;
 }
 

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import perl_kernels as pk
 from perl_kernels import _dropout, _triton, _tuned, tune
 from perl_kernels._library import triton_interpreted
+from perl_kernels.head import op as head_op
 from perl_kernels.head import reference as head
 from perl_kernels.head import triton as head_kernels
 from perl_kernels.log_prob import reference as logits_room
@@ -631,59 +632,18 @@ def test_policy_loss_in_blocks(monkeypatch, dtype, kl_coef):
     )
 
 
-# Rows in blocks of 16 and columns in blocks of 256: partial ones of both, one block, V = 2. With
-# logits of a wide spread the target is certain, or far from it.
-@pytest.mark.parametrize("spread", [1.0, 15.0])
-@pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [((18, 40, 300), DTYPES[0]), ((18, 40, 300), DTYPES[1]), ((3, 8, 2), DTYPES[0])],
-    ids=str,
-)
-def test_log_prob_by_blocks(monkeypatch, dtype, spread, sizes):
-    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
-    monkeypatch.setattr(head_kernels, "BLOCK_BYTES", 16 * 256 * 4)
-    n, _, v = sizes
-    tensors = make_head(*sizes, dtype)
-    tensors["hidden"] = (spread * tensors["hidden"].detach()).requires_grad_()
-    logits = tensors["hidden"].detach().double() @ tensors["weight"].double().T
-    target = logits.argmax(1).where(torch.arange(n) % 2 == 0, make_target(n, v))
-    target[-1] = -100 if n > 3 else target[-1]
-    options = {"temperature": 1.3, "softcap": 2.0} if spread == 1.0 else {"temperature": 0.7}
-    incoming, advantage = torch.randn(1, n), torch.randn(n)
-
-    def run(log_prob, policy_loss, tensors):
-        found = log_prob(**tensors, target=target, **options)
-        loss = policy_loss(**tensors, target=target, advantage=advantage, **options)
-        loss = loss.loss if isinstance(loss, tuple) else loss
-        leaves = {"hidden": tensors["hidden"], "weight": None}
-        return {
-            "log_prob": found[0].detach(),
-            "entropy": found[1].detach(),
-            **gradients((found[0],), incoming, leaves),
-            "dhidden of the loss": torch.autograd.grad(loss, tensors["hidden"])[0],
-        }
-
-    def ours(**given):
-        return pk.linear_log_prob(**given, return_entropy=True)
-
-    compare(
-        run(ours, pk.policy_loss, tensors),
-        run(head.linear_log_prob, head.policy_loss, tensors),
-        run(head.linear_log_prob, head.policy_loss, doubled(tensors)),
-        dtype,
-        entropy=1.0,  # next to nothing where one class is certain
-    )
+@pytest.fixture
+def blocks(monkeypatch):
+    """The other route, by blocks of 16 rows, or of 8 and their references."""
+    monkeypatch.setattr(head_op, "ROUTE", "blocks")
+    monkeypatch.setattr(head_kernels, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(head_kernels, "LOGITS_ROWS", 16)
+    monkeypatch.setattr(head_kernels, "_head_stats_kernel", None)  # not by tiles
 
 
-def test_by_blocks_without_rows_or_gradient(monkeypatch):
-    tensors, target = make_head(9, 24, 290, torch.float32), make_target(9, 290)
-    expected, _ = head.linear_log_prob(**tensors, target=target)
-    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
-    with torch.no_grad():
-        torch.testing.assert_close(pk.linear_log_prob(**tensors, target=target), expected.detach())
-    tensors["hidden"] = torch.randn(0, 24, requires_grad=True)
-    pk.linear_log_prob(**tensors, target=target[:0]).sum().backward()
-    assert tensors["hidden"].grad.shape == (0, 24)
+@pytest.mark.parametrize(("test", "arguments"), clipped.of_blocks(DTYPES[1]), ids=clipped.said)
+def test_by_blocks(blocks, test, arguments):
+    test("triton", *arguments)
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -714,7 +674,7 @@ def test_the_published_error(offset, dtype):
     size = exact_t["hidden"].norm(dim=1) * largest + exact_t["bias"].abs().max()
     for route in ("tiles", "blocks"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head_kernels, "ROUTE", route)
+            patch.setattr(head_op, "ROUTE", route)
             found = pk.linear_log_prob(**t, target=target, return_entropy=True)
         check_bound(found, exact, size, 1.0)
     logits = (t["hidden"].float() @ t["weight"].float().T + t["bias"].float()).to(dtype)

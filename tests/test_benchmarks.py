@@ -14,6 +14,7 @@ import torch
 from benchmarks import _bars, _measure, _results, gpu, report
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
+from perl import cli
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -386,6 +387,7 @@ def test_gpu_campaign_dry_run(tmp_path):
     done = command("benchmarks.gpu", "--dry-run", "--results", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== tests: exit code 0" in done.stdout and "FAILED" not in done.stdout
+    assert "== study: exit code 0" in done.stdout
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
     assert {row.room for row in results.rows} == {*ROOMS, "reward_step"}
@@ -414,12 +416,29 @@ def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys
         return measure(contest_of, case, seconds, weigh=False)
 
     monkeypatch.setattr(_measure, "measure", one_is_wrong)
-    assert gpu.main(["--dry-run", "--skip-tests", "--results", str(tmp_path)]) == 1
+    skips = ["--skip-tests", "--skip-study"]
+    assert gpu.main(["--dry-run", *skips, "--results", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
     assert len(results.rows) == 1
     assert "an element was not written" in results.failures[f"{wrong.room} {wrong}"]
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
+    def run(stage, command, folders, seconds):
+        flags = cli.build_parser().parse_args(command[3:])  # what python -m perl would be given
+        assert (stage, flags.preset, seconds) == ("study", "h200", 60.0)
+        Path(flags.out).mkdir()
+        (Path(flags.out) / "study.json").write_text("{}")
+        (Path(flags.out) / "model.safetensors").write_text("gigabytes")
+        return False  # out of time: what there is of it is kept
+
+    monkeypatch.setattr(gpu, "run", run)
+    folders = [tmp_path / "results", tmp_path / "out"]
+    assert not gpu.study("h200", folders, 60.0)
+    for folder in folders:
+        assert [path.name for path in (folder / "study-h200").iterdir()] == ["study.json"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])

@@ -1,15 +1,17 @@
-"""The CUDA kernels of lora_linear run on a CPU as they are written: see emulate_cuda.cpp.
+"""The CUDA kernels of lora_linear and the head run on a CPU as written: see emulate_cuda.cpp.
 
 What a GPU would still have to show is only speed, and that PTX does what its manual says.
 """
 
 import ctypes
+import importlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_head as head
 import torch
 from _compare import check_law
 
@@ -36,7 +38,8 @@ def emulator(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
-    loaded.emulate_shrink.restype = loaded.emulate_ds_db.restype = ctypes.c_char_p
+    for entry in (loaded.emulate_shrink, loaded.emulate_ds_db, loaded.emulate_head_rows):
+        entry.restype = ctypes.c_char_p
     loaded.piece.restype = ctypes.c_int64
     return loaded
 
@@ -72,6 +75,17 @@ def ds_db(emulator, dy, b, s, scale, db=None, machine=(132, LARGE), order=ORDERS
     )  # fmt: skip
     assert trouble is None, trouble
     return ds
+
+
+def head_rows(emulator, logits, dz, per_row, temperature, softcap, ignore_index, order):
+    """per_row: bias, target, the seven statistics, d_log_prob, d_kl; each may be None."""
+    trouble = emulator.emulate_head_rows(
+        numbers(132, LARGE, *order), matrix(logits), matrix(dz),
+        numbers(*(0 if t is None else t.data_ptr() for t in per_row)),
+        ctypes.c_int64(len(per_row[3])), ctypes.c_float(1 / temperature), ctypes.c_float(softcap),
+        ctypes.c_int64(ignore_index), dz.dtype == torch.float32,
+    )  # fmt: skip
+    assert trouble is None, trouble
 
 
 def normal(*shape, std=1.0):
@@ -282,3 +296,71 @@ def test_the_ops_take_what_the_room_gives(kernels):
 def test_32_bits_are_left_to_triton(kernels):
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     assert [kernels._in_cuda(torch.empty(1, dtype=t)) for t in dtypes] == [True, True, False]
+
+
+# ------------------------------------------------------------------------------------------------
+# The rows of the head, by the way that leads to them: blocks of 16, or of 8 and their references
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_blocks(emulator, monkeypatch):
+    """The head's route "blocks" under the backend "cuda", whose op ends in the emulator; call it
+    with an order of the emulator's. Its `calls` are the numbers of rows of dz."""
+    kernels = pytest.importorskip("perl_kernels.head.triton")
+    op = importlib.import_module("perl_kernels.head.op")
+    for module in (kernels, op):
+        monkeypatch.setattr(module, "backend_of", lambda tensor: "cuda")
+    monkeypatch.setattr(op, "ROUTE", "blocks")
+    for name, value in (("LOGITS_BYTES", 0), ("LOGITS_ROWS", 16)):
+        monkeypatch.setattr(kernels, name, value)
+    calls, library = [], torch.library.Library("perl_kernels", "IMPL")
+
+    def in_order(order):
+        def rows(logits, *rest):
+            *per_row, dz, temperature, softcap, ignore_index = rest
+            calls.append(len(dz))
+            head_rows(emulator, logits, dz, per_row, temperature, softcap, ignore_index, order)
+
+        library.impl("head_rows_cuda", rows, "CPU", allow_override=True)
+
+    in_order(ORDERS[1])
+    in_order.calls = calls
+    yield in_order
+    library._destroy()
+
+
+# Without what repeats a sweep for its gradient: that is Triton's by either backend.
+AGAIN = (
+    head.test_log_prob_and_entropy,
+    head.test_a_masked_class_has_no_say,
+    head.test_one_factor_of_an_adapter_may_train_alone,
+)
+
+
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [one for one in head.of_blocks(torch.bfloat16) if one[0] not in AGAIN and True not in one[1]],
+    ids=head.said,
+)
+def test_head_rows(by_blocks, test, arguments):
+    test("cuda", *arguments)
+    assert by_blocks.calls or arguments == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [2, 2047, 6300])
+def test_head_rows_in_every_order(by_blocks, columns, dtype):
+    """2048 columns are a step of the block's threads: less than one, and three and a part."""
+    tensors = head.make(9, 8, columns, dtype, bias=True)
+    ref_hidden, target = tensors["hidden"].detach().flip(0), head.make_target(9, columns)
+    found = []
+    for order in ORDERS:
+        by_blocks(order)
+        kl = head.pk.linear_kl(**tensors, ref_hidden=ref_hidden, target=target, softcap=4.0)
+        loss = head.pk.policy_loss(**tensors, target=target, advantage=torch.ones(9)).loss
+        found.append([*kl, *torch.autograd.grad([kl.kl.sum(), kl.log_prob.sum(), loss],
+                                                tensors["hidden"])])  # fmt: skip
+    assert by_blocks.calls[:4] == [16, 2, 9, 16]
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))

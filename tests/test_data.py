@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import json
 import random
@@ -375,6 +376,89 @@ def test_a_restored_iterator_goes_on_in_the_same_order():
     assert "was started on 37 examples, the data file now gives 36" in refusal(
         data.Batches(examples[1:], 5, seed=0).load_state_dict, state
     )
+
+
+def test_weighted_files_are_drawn_in_their_shares_and_resume():
+    files = {"a": list(range(30)), "b": list(range(100, 106)), "c": [1000]}
+
+    def load(path):
+        encoded = data.Encoded()
+        encoded.extend([value] for value in files[path])
+        encoded.rows = encoded.places = [path] * len(encoded)
+        encoded.notes = ["odd"]
+        return encoded
+
+    plain, held_out = data.load_files(["a", "b"], "c", load)
+    assert plain.mixture == [] and len(plain) == 36 and list(held_out) == [[1000]]
+    assert plain.notes == ["a: odd", "b: odd"] and plain.places[30] == "b"
+    mixed, _ = data.load_files(["a=1", "b=3", "c=0.01"], None, load)
+    # of 38 draws an epoch 9, 28 and 1 (however small its weight); all of a file before one again
+    batches = data.Batches(mixed, 1, 0, mixed.mixture)
+    counts = collections.Counter(next(batches)[0][0] for _ in range(10 * 38))
+    assert [counts[value] for value in files["a"]] == [3] * 30
+    assert sorted(counts[value] for value in files["b"]) == [46, 46, 47, 47, 47, 47]
+    assert counts[1000] == 10
+    batches = data.Batches(mixed, 5, 0, mixed.mixture)
+    drawn = [next(batches) for _ in range(70)]
+    assert drawn[:7] != drawn[7:14]
+    again = data.Batches(mixed, 5, 0, mixed.mixture)
+    again.load_state_dict({"epoch": 4, "position": 3, "examples": len(mixed)})
+    assert [next(again) for _ in range(70 - 31)] == drawn[31:]
+
+
+@pytest.mark.parametrize(
+    "words, validation, message",
+    [
+        (["a=1", "b"], None, "--data a=1 b: a weight is a share among several files"),
+        (["a=1"], None, "a weight is a share among several files"),
+        (["a=0", "b=1"], None, "--data a=0: weight '0' is no number above 0"),
+        (["a=much", "b=1"], None, "weight 'much' is no number above 0"),
+        (["a", "b"], "./b", "--validation ./b is a training file too"),
+    ],
+)
+def test_files_that_do_not_go_together_are_refused(words, validation, message):
+    assert message in refusal(data.load_files, words, validation, None)
+
+
+def test_a_file_name_may_hold_an_equals_sign(tmp_path):
+    file = write(tmp_path / "lr=3.jsonl", PAIR)
+    seen = []
+
+    def load(path):
+        seen.append(path)
+        return data.Encoded()
+
+    data.load_files([str(file)], None, load)
+    data.load_files([f"{file}=2", f"{file}=1"], None, load)
+    assert seen == [str(file)] * 3
+
+
+def test_padding_counts_what_pad_adds():
+    ids, mask = data.pad([[5, 6, 7], [8]], 0)
+    assert data.padding([[5, 6, 7], [8]]) == mask.numel() - mask.sum() == 2
+
+
+def test_pairs_with_equal_answers_are_left_out_and_empty_answers_counted():
+    message = [{"role": "assistant", "content": " "}]
+    same = {**PAIR, "rejected": "c"}
+    rows = data.Rows([PAIR, same, {**PAIR, "chosen": message}, same], ["p:1", "p:2", "p:3", "p:4"])
+    kept = data.without_equal_pairs(rows)
+    assert kept == [rows[0], rows[2]] and kept.places == ["p:1", "p:3"]
+    data.note_empty(kept, ["chosen", "rejected"])
+    assert kept.notes == [
+        "2 pairs with equal answers left out, the first at p:2",
+        "1 rows with an empty answer, the first at p:3",
+    ]
+
+
+def test_a_margin_is_read_where_all_pairs_have_one(tokenizer):
+    rows = [{**PAIR, "margin": 0.5}, {**PAIR, "margin": 2}]
+    assert data.row_kind(rows) == "pairwise"
+    pairs = data.encode_pairs(rows, tokenizer, data.Limit(9))
+    assert [pair.margin for pair in pairs] == [0.5, 2.0]
+    assert "row 2: no margin" in refusal(data.row_kind, [rows[0], PAIR])
+    for bad in (True, "1", float("nan"), float("inf")):
+        assert "margin is" in refusal(data.row_kind, [{**PAIR, "margin": bad}])
 
 
 def test_batches_of_like_length_pad_little():

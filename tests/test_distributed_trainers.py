@@ -25,7 +25,8 @@ VOWELS = """
 import os, signal
 
 def vowels(prompts, completions):
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+    # never 0: a gradient that is all rounding would become an update of full size in Adam
+    return [1 + sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
 def fails(prompts, completions):
     assert os.environ.get("RANK") != "1", "on rank 1"
@@ -40,13 +41,15 @@ def interrupts(prompts, completions):
         os.kill(os.getpid(), signal.SIGINT)
     return vowels(prompts, completions)
 """
-SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft.jsonl", "--batch-size", "4"]
-REWARD = ["reward", "--validation", "{data}.jsonl", "--data", "{data}.jsonl", "--batch-size", "4"]
+SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft-held.jsonl", "--batch-size", "4"]
+REWARD = [
+    "reward", "--data", "{data}.jsonl", "--validation", "{data}-held.jsonl", "--batch-size", "4"
+]  # fmt: skip
 PAIRS = [argument.format(data="pairs") for argument in REWARD]
 LABELS = [argument.format(data="labels") for argument in REWARD]
 REINFORCE = [
     "reinforce", "--data", "prompts.jsonl", "--reward-function", "reward.py:vowels",
-    "--prompts-per-step", "4", "--max-new-tokens", "6", "--validation", "prompts.jsonl",
+    "--prompts-per-step", "4", "--max-new-tokens", "6", "--validation", "prompts-held.jsonl",
     "--lr", "1e-3",
 ]  # fmt: skip
 FULL, SHARD = ["--tuning", "full", "--lr", "1e-3"], ["--shard"]
@@ -80,7 +83,7 @@ def world(tmp_path_factory) -> Path:
     save_tiny(folder / "base")
     save_tiny(folder / "base-0")
     save_tiny(folder / "base-1", seed=1)
-    pairs = [(a, b) for a in WORDS for b in WORDS if a != b][:9]
+    pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
     files = {
         "sft": [{"prompt": a, "completion": " " + b} for a, b in pairs],
         "pairs": [{"prompt": a, "chosen": " " + b, "rejected": " no"} for a, b in pairs],
@@ -88,7 +91,11 @@ def world(tmp_path_factory) -> Path:
             {"prompt": a, "completion": " " + b, "label": i % 3 > 0}
             for i, (a, b) in enumerate(pairs)
         ],
-        "prompts": [{"prompt": a} for a in WORDS[:5]],
+        "prompts": [{"prompt": f"{a} and {b}"} for a, b in pairs],
+    }
+    files |= {f"{name}-held": rows[9:14] for name, rows in files.items()}
+    files |= {name: files[name][:9] for name in ("sft", "pairs", "labels", "prompts")}
+    files |= {
         "data-0": [{"text": a} for a in WORDS],
         "data-1": [{"text": a} for a in reversed(WORDS)],
     }
@@ -226,7 +233,7 @@ def test_one_process_goes_on_with_a_run_of_two(world, printed):
         ("indivisible", 2, "a batch has 3 rows (--batch-size, or all of --data) and there are 2"),
         ("other-data", 2, "process 1 has another --data than process 0"),
         ("other-model", 2, "process 1 has another --model than process 0"),
-        ("evaluate", 2, "torchrun is for training; run `python -m perl evaluate` without it"),
+        ("evaluate", 2, "torchrun is for one training; run evaluate by `python -m perl evaluate`"),
         ("fails", 2, "raised AssertionError: on rank 1"),
         ("diverges", 3, "; no checkpoint was written before it; start again with a lower --lr"),
         ("interrupts", 130, "checkpoint of step 2 written; go on with: torchrun --nproc-per-node"),

@@ -1,6 +1,9 @@
 """The ops on a GPU, held to float64 and to the CPU's dropout mask: `pytest -m gpu`."""
 
+import importlib
+
 import pytest
+import test_head as clipped
 import test_lora_mlp as mlp
 import test_multi_lora_linear as multi
 import torch
@@ -8,6 +11,7 @@ from _compare import check_bound, check_law, doubled
 
 import perl_kernels as pk
 from perl_kernels import _dropout, _library, _tuned
+from perl_kernels.head import op as head_op
 from perl_kernels.head import reference as head
 from perl_kernels.log_prob import reference as logits_room
 from perl_kernels.lora_linear import reference as lora
@@ -18,8 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch"),
 ]
 
-if torch.cuda.is_available():
-    from perl_kernels.head import triton as head_kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [{}, {"temperature": 0.7, "softcap": 5.0}]
@@ -478,25 +480,30 @@ def test_linear_kl(sizes, options, dtype):
     check_law("dhidden", ours["dhidden"], theirs["dhidden"], exact["dhidden"], dtype)
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    monkeypatch.setattr(head_op, "ROUTE", "blocks")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [one for low in DTYPES[1:] for one in clipped.of_blocks(low)],
+    ids=clipped.said,
+)
+def test_by_blocks(blocks, test, arguments, backend):
+    test(backend, *arguments)
+
+
+# Two blocks of rows and a part, alone and with as many references; rows of no whole 16 bytes.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("sizes", [*HEAD_SIZES, (70, 64, 20000)], ids=str)
-def test_linear_log_prob_by_blocks(monkeypatch, sizes, options, dtype):
-    """The other route, of two blocks of columns and a part at the largest; over a frozen head."""
-    monkeypatch.setattr(head_kernels, "ROUTE", "blocks")
-    tensors, target = make_head(*sizes, dtype, bias=bool(options)), make_target(sizes[0], sizes[2])
-    incoming = torch.randn(sizes[0])
-
-    def run(function, tensors, **more):
-        found = function(**tensors, target=target, **options, **more)
-        named = dict(zip(("log_prob", "entropy"), (t.detach() for t in found), strict=True))
-        return {**named, **gradients(found[0], leaves_of(tensors), [incoming.to(found[0].dtype)])}
-
-    ours = run(pk.linear_log_prob, tensors, return_entropy=True)
-    theirs = run(head.linear_log_prob, tensors)
-    exact = run(head.linear_log_prob, doubled(tensors))
-    for name in exact:
-        check_law(name, ours[name], theirs[name], exact[name], dtype)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("of", [("log_prob",), ("log_prob", "kl")], ids=str)
+def test_gradients_by_several_blocks(blocks, monkeypatch, of, dtype, backend):
+    kernels = importlib.import_module("perl_kernels.head.triton")
+    monkeypatch.setattr(kernels, "LOGITS_BYTES", 128 * 4 * 20032)
+    sizes = (300 if len(of) == 1 else 150, 64, 20001)
+    clipped.test_gradient_over_a_frozen_head(backend, of, 2.0, sizes, OPTIONS[1], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -548,7 +555,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
 @pytest.mark.parametrize("sizes", [(33, 1024, 300), (3, 8, 262144), (65541, 8, 17)], ids=str)
 @pytest.mark.parametrize("route", ["tiles", "blocks"])
 def test_the_published_error(monkeypatch, route, sizes, offset, dtype):
-    monkeypatch.setattr(head_kernels, "ROUTE", route)
+    monkeypatch.setattr(head_op, "ROUTE", route)
     t = {k: x.detach() for k, x in make_head(*sizes, dtype, bias=True).items()}
     t["bias"] = (offset + t["bias"].float()).to(dtype)
     target = make_target(sizes[0], sizes[2]).clamp(min=0)
@@ -684,6 +691,11 @@ def steps():
         )
         return [found.kl, found.entropy, *torch.autograd.grad(found.loss, hidden)]
 
+    def blocks_step():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_op, "ROUTE", "blocks")
+            return policy_step()
+
     logits = torch.randn(40, 1003, dtype=torch.bfloat16, requires_grad=True)
 
     def logits_step():
@@ -709,6 +721,7 @@ def steps():
         "multi_lora_linear": (rows_step, rows_tensors["x"]),
         "linear_log_prob": (log_prob_step, hidden),
         "policy_loss": (policy_step, hidden),
+        "policy_loss, blocks": (blocks_step, hidden),
         "log_prob": (logits_step, logits),
     }
 
@@ -718,7 +731,13 @@ STEPS = pytest.mark.parametrize(
     [(name, "triton") for name in ("linear_log_prob", "multi_lora_linear", "policy_loss")]
     + [
         (name, b)
-        for name in ("lora_linear", "lora_linear, fused", "lora_mlp", "log_prob")
+        for name in (
+            "lora_linear",
+            "lora_linear, fused",
+            "lora_mlp",
+            "log_prob",
+            "policy_loss, blocks",
+        )
         for b in ("triton", "cuda")
     ],
 )

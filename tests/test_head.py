@@ -498,6 +498,10 @@ def test_leading_dimensions_and_strides(backend):
     expected, _ = reference.linear_log_prob(hidden.reshape(12, 8), weight, target.reshape(12))
     assert log_prob.shape == entropy.shape == (3, 4)
     torch.testing.assert_close(log_prob.reshape(12), expected)
+    apart = {"target": torch.randint(0, 20, (24,))[::2], "bias": torch.randn(40)[::2]}
+    found = pk.linear_log_prob(hidden.reshape(12, 8), weight, **apart)
+    expected, _ = reference.linear_log_prob(hidden.reshape(12, 8), weight, **apart)
+    torch.testing.assert_close(found, expected)
 
 
 # (N, H, V): few and many features; 262144: the largest vocabulary; 65541 rows: past 16 bits.
@@ -810,3 +814,39 @@ def test_gradients_that_do_not_exist_are_refused():
         pk.policy_loss(trained, w, t, torch.ones(4), old_log_prob=torch.ones(4, requires_grad=True))
     with pytest.raises(TypeError, match="mask is torch.float32"):
         pk.policy_loss(trained, w, t, torch.ones(4), mask=torch.ones(4))
+
+
+def of_blocks(low):
+    """What the route "blocks" of a GPU is held to, wherever it can run: tests of this file, and
+    what they take after `backend`. low: a dtype of 16 bits."""
+    sizes, capped, single = SIZES[0], OPTIONS[3], torch.float32
+    gradient = test_gradient_over_a_frozen_head
+    return [
+        (gradient, (("log_prob",), 30.0, sizes, {}, single)),
+        (gradient, (("log_prob",), 2.0, sizes, capped, low)),
+        (gradient, (("log_prob", "kl"), 2.0, sizes, capped, single)),
+        (gradient, (("log_prob", "kl"), 8.0, sizes, {}, low)),
+        (gradient, (("kl",), 30.0, (19, 5, 2), {}, single)),
+        (test_log_prob_and_entropy, (sizes, capped, single)),
+        (test_kl, (sizes, capped, single)),
+        (test_kl, (sizes, {}, low)),
+        (test_adapter, (False, capped, single, 5)),
+        (test_adapter, (True, {}, low, 16)),
+        (test_policy_loss, (single, "mean", 0.4, 5)),
+        (test_policy_loss, (low, "sum", 0.4, 8)),
+        (test_policy_loss, (low, "mean", None, 5)),
+        (test_policy_loss, (single, "mean", 0.4, 0)),
+        (test_policy_loss_of_ratios, ("kl", "grpo", "token", single)),
+        (test_kl_gives_the_log_probs_of_both_sides, ()),
+        (test_one_factor_of_an_adapter_may_train_alone, ()),
+        (test_no_token_counts, (0,)),
+        (test_no_token_counts, (5,)),
+        (test_a_masked_class_has_no_say, ()),
+        (test_a_constant_offset_of_the_logits_costs_no_more_than_its_own_rounding, (-1e4,)),
+        (test_no_divergence_has_no_gradient, (3.0, low)),
+        (test_leading_dimensions_and_strides, ()),
+    ]
+
+
+def said(value):
+    return value.__name__.removeprefix("test_") if callable(value) else str(value)

@@ -17,7 +17,7 @@ LEVELS = {
     "_arguments": 0, "_dropout": 0, "_softmax": 0, "_library": 0, "_tuned": 0, "_triton": 1,
     "lora_linear": 2, "lora_mlp": 2, "multi_lora_linear": 2, "rms_norm": 2,
     "head": 2, "log_prob": 2,
-    "tune": 3, "layers": 3, "adapters": 4, "blocks": 4, "peft": 5, "explain": 6,
+    "tune": 3, "cpu_pool": 3, "layers": 3, "adapters": 4, "blocks": 4, "peft": 5, "explain": 6,
 }  # fmt: skip
 
 

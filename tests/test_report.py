@@ -178,6 +178,47 @@ def test_keys_that_are_missing_null_or_unknown(tmp_path):
     assert not {"note", "tokens"} & {row[0] for row in page.rows}
 
 
+@pytest.mark.parametrize("metric, step", [("auc", 4), ("loss", 6)])
+def test_a_reward_run_shows_the_held_out_answers_of_its_best_validation(tmp_path, metric, step):
+    reliability = {"said": [0.25, 0.75], "found": [0.5, 0.7], "count": [1, 9]}
+    histogram = {"edges": [-1.0, 0.0, 1.0], "good": [1.0, 4.0], "bad": [3.0, 2.0]}
+    rows = [
+        {
+            "step": 2 * i,
+            "validation_auc": auc,
+            "validation_loss": 1 / i,
+            "validation_reliability": reliability,
+            "validation_histogram": histogram,
+        }
+        for i, auc in enumerate([0.6, 0.8, 0.8], 1)
+    ]
+    changes = {"best_metric": metric, "validation": "v.jsonl"}
+    folder = make_run(tmp_path / "rm", RewardConfig, [{"step": 1, "loss": 1.0}, *rows], **changes)
+    page = Page(report.write_run_report(folder))
+    assert page.drawings[-2:] == [
+        f"Reliability at step {step} (share that came true)",
+        f"Scores at step {step} (answers)",
+    ]
+    assert png_size(folder / "held_out.png")[0] > 1000
+
+
+def test_histograms_and_reliability_are_drawn_as_they_are():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    counts = {"good": [1.0, 4.0], "bad": [3.0, 2.0]}
+    report._draw(report.Histogram("Scores", "answers", [-1.0, 0.0, 1.0], counts), figure)
+    drawn = {patch.get_label(): patch.get_data() for patch in figure.axes[0].patches}
+    for label, values in counts.items():
+        assert drawn[label].values.tolist() == values
+        assert drawn[label].edges.tolist() == [-1.0, 0.0, 1.0]
+    figure.clear()
+    report._draw(report.Reliability("R", "share", [0.25, 0.75], [0.5, 0.7], [1, 9]), figure)
+    diagonal, line = figure.axes[0].lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert line.get_xydata().tolist() == [[0.25, 0.5], [0.75, 0.7]]
+    small, large = figure.axes[0].collections[0].get_sizes()
+    assert large == pytest.approx(9 * small)
+
+
 def test_a_run_without_a_logged_step_or_config_still_has_a_page(tmp_path):
     folder = make_run(tmp_path / "r", SftConfig, [])
     (folder / "config.toml").unlink()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from perl.config import UsageError
+from perl.data import Labelled, Pair
 from perl.reward import (
     bradley_terry_loss,
-    classification_metrics,
+    calibration,
+    figures_of_scores,
+    histogram,
     load_reward_function,
-    pairwise_accuracy,
+    pairwise_figures,
+    pointwise_figures,
     pointwise_loss,
 )
 
@@ -22,6 +27,29 @@ def test_bradley_terry_by_hand_and_far_out():
     rejected = torch.tensor([0.0, 0.0, 200.0, -200.0])
     expected = [math.log(1 + math.exp(-1)), math.log(2), 400.0, 0.0]
     assert bradley_terry_loss(chosen, rejected).tolist() == pytest.approx(expected)
+
+
+def test_bradley_terry_with_margin_smoothing_and_centring_by_hand():
+    chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    margin = torch.tensor([0.5, 0.0])  # differences 1 and -4, sums 2.5 and 2
+
+    def wrong(d: float) -> float:  # -log sigmoid(d)
+        return math.log(1 + math.exp(-d))
+
+    got = bradley_terry_loss(chosen, rejected, margin).tolist()
+    assert got == pytest.approx([wrong(1), wrong(-4)])
+    got = bradley_terry_loss(chosen, rejected, margin, label_smoothing=0.2).tolist()
+    assert got == pytest.approx([0.8 * wrong(d) + 0.2 * wrong(-d) for d in (1, -4)])
+    got = bradley_terry_loss(chosen, rejected, margin, center=0.1).tolist()
+    assert got == pytest.approx([wrong(1) + 0.1 * 6.25, wrong(-4) + 0.1 * 4])
+
+
+def test_pointwise_smoothing_is_the_loss_of_labels_that_may_be_wrong():
+    scores, labels = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([1.0, 0.0, 0.25])
+    weights = (3.0, 0.5)
+    got = pointwise_loss(scores, labels, weights, label_smoothing=0.1)
+    right, wrong = (pointwise_loss(scores, p, weights) for p in (labels, 1 - labels))
+    torch.testing.assert_close(got, 0.9 * right + 0.1 * wrong)
 
 
 def test_pointwise_is_cross_entropy_of_the_sigmoid():
@@ -41,32 +69,78 @@ def test_pointwise_is_cross_entropy_of_the_sigmoid():
 def test_losses_have_the_gradients_of_their_formulas():
     a, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     labels = torch.rand(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(bradley_terry_loss, (a, b))
-    assert torch.autograd.gradcheck(lambda x: pointwise_loss(x, labels, (0.3, 2.0)), (a,))
+    pairwise = partial(bradley_terry_loss, margin=labels, label_smoothing=0.2, center=0.3)
+    assert torch.autograd.gradcheck(pairwise, (a, b))
+    pointwise = partial(pointwise_loss, labels=labels, weights=(0.3, 2.0), label_smoothing=0.2)
+    assert torch.autograd.gradcheck(pointwise, (a,))
 
 
-def test_pairwise_accuracy_counts_ties_half():
+def test_figures_of_pairs_by_hand():
     chosen, rejected = torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, -1.0])
-    assert pairwise_accuracy(chosen, rejected) == 2.5 / 4
+    got = pairwise_figures(chosen, rejected)
+    gaps = [1.0, -1.0, 0.0, 1.0]
+    assert got["loss"] == pytest.approx(sum(math.log(1 + math.exp(-g)) for g in gaps) / 4)
+    assert got["accuracy"] == 2.5 / 4  # a tie counts one half
+    # over 0, 3, 3, -1: 1 and 2 beat two each, 3 beats two and ties with two, 0 beats one, ties one
+    assert got["auc"] == (2 + 2 + (2 + 1) + (1 + 0.5)) / 16
+    assert (got["gap"], got["gap_std"]) == (0.25, pytest.approx(math.sqrt(0.6875)))
+    sure = 1 / (1 + math.exp(-1))  # three times, right twice; once 0.5, half right
+    assert got["reliability"]["said"] == pytest.approx([0.5, sure])
+    assert got["reliability"]["found"] == pytest.approx([0.5, 2 / 3])
+    assert got["reliability"]["count"] == [1, 3]
+    assert got["ece"] == pytest.approx(0.75 * (sure - 2 / 3))
+    assert sum(got["histogram"]["good"]) == sum(got["histogram"]["bad"]) == 4
 
 
-def test_auc_and_balanced_accuracy_against_brute_force():
+def test_figures_of_labels_against_brute_force():
     torch.manual_seed(3)
     scores = torch.randn(301).mul(4).round().div(4)  # many ties
     labels = (torch.rand(301) < 0.2).float()
-    got = classification_metrics(scores, labels)
-    good, bad = scores[labels == 1], scores[labels == 0]
+    got = pointwise_figures(scores, labels)
+    good, bad = scores[labels == 1].double(), scores[labels == 0].double()
     wins = (good[:, None] > bad).double() + 0.5 * (good[:, None] == bad).double()
     assert got["auc"] == pytest.approx(wins.mean().item(), abs=1e-12)
     recalls = ((good > 0).double().mean() + (bad <= 0).double().mean()) / 2
     assert got["balanced_accuracy"] == pytest.approx(recalls.item())
     assert got["accuracy"] == pytest.approx(((scores > 0) == (labels == 1)).double().mean().item())
+    gaps = good[:, None] - bad
+    assert got["gap"] == pytest.approx(gaps.mean().item())
+    assert got["gap_std"] == pytest.approx(gaps.std(correction=0).item())
+    assert got["loss"] == pytest.approx(pointwise_loss(scores, labels).mean().item())
+    cross = -labels * scores.sigmoid().log() - (1 - labels) * (-scores).sigmoid().log()
+    assert got["loss"] == pytest.approx(cross.mean().item(), rel=1e-5)
 
 
-def test_metrics_without_both_labels_are_nan():
-    got = classification_metrics(torch.tensor([1.0, -1.0]), torch.ones(2))
+def test_figures_without_both_labels_are_nan():
+    got = pointwise_figures(torch.tensor([1.0, -1.0]), torch.ones(2))
     assert got["accuracy"] == 0.5
-    assert math.isnan(got["auc"]) and math.isnan(got["balanced_accuracy"])
+    assert all(math.isnan(got[name]) for name in ("auc", "balanced_accuracy", "gap", "gap_std"))
+
+
+def test_figures_go_by_the_kind_of_examples():
+    scores = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    pairs = [Pair([1], [2]), Pair([3], [4])]
+    assert figures_of_scores(scores, pairs) == pairwise_figures(scores[:2], scores[2:])
+    labels = [0.0, 1.0, 1.0, 0.0]
+    rows = [Labelled([1], label) for label in labels]
+    assert figures_of_scores(scores, rows) == pointwise_figures(scores, torch.tensor(labels))
+
+
+def test_calibration_by_hand():
+    said = torch.tensor([0.05, 0.05, 0.62, 0.68, 1.0])
+    found = torch.tensor([0.0, 1.0, 1.0, 0.25, 1.0])  # soft labels are outcomes too
+    got = calibration(said.double(), found.double())
+    assert got["reliability"]["said"] == pytest.approx([0.05, 0.65, 1.0])
+    assert got["reliability"]["found"] == pytest.approx([0.5, 0.625, 1.0])
+    assert got["reliability"]["count"] == [2, 2, 1]
+    assert got["ece"] == pytest.approx((2 * 0.45 + 2 * 0.025) / 5)
+
+
+def test_histograms_share_their_edges():
+    got = histogram(torch.tensor([0.0, 0.9, 2.0]), torch.tensor([1.1, 2.0]), bins=2)
+    assert got == {"edges": [0.0, 1.0, 2.0], "good": [2.0, 1.0], "bad": [0.0, 2.0]}
+    alike = histogram(torch.ones(3), torch.ones(1), bins=2)
+    assert alike["edges"] == [0.5, 1.0, 1.5] and sum(alike["good"]) == 3
 
 
 def write(tmp_path, body: str) -> str:

@@ -49,8 +49,7 @@ NO_PRODUCT = {
     "_rms_norm_fwd_kernel",
     "_rms_norm_bwd_kernel",
     "_head_combine_kernel",
-    "_head_block_kernel",
-    "_head_units_kernel",
+    "_head_rows_kernel",
     "_logits_stats_kernel",
     "_logits_grad_kernel",
 }
@@ -226,8 +225,8 @@ def _call_head(
     incoming = (row, row, row if with_ref else None)
     need = (True, False, False, rank > 0)
     module.grad(*inputs, row, row, row, row, *incoming, *options, *need)
-    if not rank and not with_ref:
-        module.units(hidden, weight, bias, target, None, *options[1:])
+    module.units(*inputs, None, None, *options)
+    module.units(*inputs, row, row if with_ref else None, *options)
 
 
 def _call_rms_norm(module, dtype, features: int) -> None:

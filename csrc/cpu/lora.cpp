@@ -85,6 +85,15 @@ void in_groups(const Tensor& x, const Work& work) {
 
 }  // namespace
 
+void drop_in_place(Tensor& x, const Dropout& dropout) {
+  if (!dropout.active()) return;
+  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      dropout.apply(row_of(x, n), dtype_of(x), x.size(1), n, 0);
+    }
+  });
+}
+
 Tensor s_by_aten(const Tensor& x, const Projections& p, const Dropout& dropout) {
   const Tensor a = p.a_all.to(x.scalar_type()).t();
   if (!dropout.active()) return at::mm(x, a);
@@ -130,12 +139,7 @@ void dx_by_aten(
   if (!dropout.active()) return add_product(dx, ds, a, 1.0);
   in_groups(dx, [&](int64_t first, int64_t count, Tensor term) {
     at::addmm_out(term, term, ds.slice(0, first, first + count), a, 0, dropout.gain());
-    const Dropout mask = dropout.from(first);
-    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        mask.apply(row_of(term, n), dtype_of(term), term.size(1), n, 0);
-      }
-    });
+    drop_in_place(term, dropout.from(first));
     dx.slice(0, first, first + count).add_(term);
   });
 }
@@ -168,6 +172,16 @@ void product_for_a(const Tensor& ds, const Tensor& x, const Dropout& dropout, Te
 }
 
 }  // namespace
+
+void add_transposed_product(const Tensor& left, const Tensor& right, Tensor& sums) {
+  if (thin_by_aten(right)) {
+    sums.addmm_(left.t(), right);
+    return;
+  }
+  Tensor part = at::empty_like(sums);
+  transposed_product(Matrix(left), Matrix(right), 1.0f, part);
+  sums.add_(part);
+}
 
 std::vector<Tensor> gradients_of_a(
     const Tensor& ds, const Tensor& x, const Projections& p, const Dropout& dropout) {

@@ -69,6 +69,9 @@ void dx_by_aten(
     at::TensorList dy, const at::Tensor& ds, const Projections& p, const Dropout& dropout,
     at::Tensor& dx);
 
+// Zeros dropped elements of x, whose rows are contiguous; without the gain.
+void drop_in_place(at::Tensor& x, const Dropout& dropout);
+
 // ------------------------------------------------------------------------------------------------
 // Gradients of the adapters
 // ------------------------------------------------------------------------------------------------
@@ -78,6 +81,9 @@ std::vector<at::Tensor> gradients_of_a(
     const at::Tensor& ds, const at::Tensor& x, const Projections& p, const Dropout& dropout);
 std::vector<at::Tensor> gradients_of_b(
     at::TensorList dy, const at::Tensor& s, const Projections& p);
+
+// sums (R, D) += left (N, R)^T right (N, D), in float32
+void add_transposed_product(const at::Tensor& left, const at::Tensor& right, at::Tensor& sums);
 
 // ------------------------------------------------------------------------------------------------
 // By tiles: how the work is cut

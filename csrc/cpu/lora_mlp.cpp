@@ -20,7 +20,8 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t GROUP_BYTES = int64_t{16} << 20;  // of what a group of rows needs at once
+// Of what a group of rows needs at once; a library packs the weights anew for each group.
+constexpr int64_t GROUP_BYTES = int64_t{16} << 20, LIBRARY_GROUP_BYTES = int64_t{64} << 20;
 
 struct Block {
   const Projections in, down;  // gate and up ; down
@@ -95,7 +96,7 @@ void each_row(
 void forward_by_aten(const Tensor& x, const Block& block, Kept& kept, Tensor& y) {
   const int64_t N = x.size(0), F = block.features();
   const bool keeps = !kept.gate_up.empty();
-  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, 3 * F * x.element_size(), LIBRARY_GROUP_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -121,7 +122,7 @@ void backward_by_aten(
     const Tensor& dy, const Tensor& x, const Block& block, const Kept& kept, const Needs& needs,
     Gradients& g, Tensor& dx) {
   const int64_t N = x.size(0), F = block.features();
-  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), GROUP_BYTES);
+  const int64_t at_once = rows_at_once(N, 4 * F * x.element_size(), LIBRARY_GROUP_BYTES);
   for (int64_t group = 0; group < N; group += at_once) {
     const int64_t n = std::min(at_once, N - group);
     auto rows = [&](const Tensor& t) { return t.slice(0, group, group + n); };
@@ -140,13 +141,10 @@ void backward_by_aten(
           kernels().gated_gradient(row[0], row[1], row[2], count, block.activation);
         });
     if (needs.dab) {
-      Tensor part = at::empty_like(g.da_down);
-      transposed_product(Matrix(ds_down), Matrix(h).dropped(drop_h), 1.0f, part);
-      g.da_down.add_(part);
+      drop_in_place(h, drop_h);
+      add_transposed_product(ds_down, h, g.da_down);
       for (int64_t i = 0; i < 2; ++i) {
-        part = at::empty_like(g.db[i]);
-        transposed_product(Matrix(block.in.part(rows(kept.s), i)), Matrix(d[i]), 1.0f, part);
-        g.db[i].add_(part);
+        add_transposed_product(block.in.part(rows(kept.s), i), d[i], g.db[i]);
       }
     }
     if (needs.dbias) {

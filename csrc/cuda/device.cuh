@@ -11,6 +11,10 @@
 
 namespace perl_kernels {
 
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 template <typename T>
 __device__ T from_float(float x);
 template <>
@@ -25,6 +29,11 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;
+}
+
+// x of the lane whose number differs in these bits.
+__device__ inline float of_other_lane(float x, int mask) {
+  return __shfl_xor_sync(0xffffffff, x, mask);
 }
 
 __device__ inline uint32_t shared_address(const void* at) {

@@ -7,7 +7,6 @@
 //
 // Letters: N rows, V columns; m, l, u, d, mq, lq as in perl_kernels/_softmax.py.
 
-#include <cfloat>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -15,11 +14,10 @@
 #include "device.cuh"
 #include "tensor.cuh"
 
+#include "softmax.cuh"  // after the device that it asks
+
 namespace perl_kernels {
 namespace {
-
-constexpr int THREADS = 512;
-constexpr int WARPS = THREADS / 32;
 
 // 16 bytes of logits.
 template <typename T>
@@ -27,78 +25,6 @@ struct alignas(16) Pack {
   static constexpr int SIZE = 16 / sizeof(T);
   T value[SIZE];
 };
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// z = softcap * tanh(raw / softcap) / temperature; softcap 0 means none.
-struct Transform {
-  float inverse_temperature, softcap;
-  __device__ float operator()(float raw) const {
-    if (softcap > 0.f) raw = softcap * tanhf(raw / softcap);
-    return raw * inverse_temperature;
-  }
-  // dz / draw, of the tanh itself: divided out of z again it has lost digits deep in the cap.
-  __device__ float slope(float raw) const {
-    if (softcap == 0.f) return inverse_temperature;
-    const float t = tanhf(raw / softcap);
-    return (1.f - t * t) * inverse_temperature;
-  }
-};
-
-struct State {
-  float m = -FLT_MAX, l = 0.f, u = 0.f, mq = -FLT_MAX, lq = 0.f, d = 0.f;
-
-  __device__ void merge(const State& other) {
-    float m_new = fmaxf(m, other.m);
-    // A side that has seen nothing but -inf has l = 0 and no say.
-    float ours = l > 0.f ? expf(m - m_new) : 0.f;
-    float theirs = other.l > 0.f ? expf(other.m - m_new) : 0.f;
-    u = (l > 0.f ? (u + l * (m - m_new)) * ours : 0.f) +
-        (other.l > 0.f ? (other.u + other.l * (other.m - m_new)) * theirs : 0.f);
-    l = l * ours + other.l * theirs;
-    d = d * ours + other.d * theirs;
-    m = m_new;
-    float mq_new = fmaxf(mq, other.mq);
-    lq = (lq > 0.f ? lq * expf(mq - mq_new) : 0.f) +
-         (other.lq > 0.f ? other.lq * expf(other.mq - mq_new) : 0.f);
-    mq = mq_new;
-  }
-
-  // Fold SIZE logits at once: one rescaling for all of them.
-  template <bool HAS_REF, int SIZE>
-  __device__ void fold(const float (&z)[SIZE], const float (&zq)[SIZE]) {
-    State tile;
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      tile.m = fmaxf(tile.m, z[i]);
-      if (HAS_REF) tile.mq = fmaxf(tile.mq, zq[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      float centred = z[i] - tile.m, e = expf(centred);
-      tile.l += e;
-      if (e > 0.f) {
-        tile.u += e * centred;
-        if (HAS_REF) tile.d += e * (z[i] - zq[i]);
-      }
-      if (HAS_REF) tile.lq += expf(zq[i] - tile.mq);
-    }
-    merge(tile);
-  }
-};
-
-__device__ State shuffled(const State& s, int lane_mask) {
-  State o;
-  o.m = __shfl_xor_sync(0xffffffff, s.m, lane_mask);
-  o.l = __shfl_xor_sync(0xffffffff, s.l, lane_mask);
-  o.u = __shfl_xor_sync(0xffffffff, s.u, lane_mask);
-  o.mq = __shfl_xor_sync(0xffffffff, s.mq, lane_mask);
-  o.lq = __shfl_xor_sync(0xffffffff, s.lq, lane_mask);
-  o.d = __shfl_xor_sync(0xffffffff, s.d, lane_mask);
-  return o;
-}
 
 template <typename T, bool HAS_REF>
 __global__ void __launch_bounds__(THREADS) logits_stats_kernel(
@@ -137,27 +63,22 @@ __global__ void __launch_bounds__(THREADS) logits_stats_kernel(
       state.fold<HAS_REF>(z, zq);
     }
   }
-  for (int mask = 16; mask > 0; mask /= 2) state.merge(shuffled(state, mask));
-  __shared__ State of_warp[WARPS];
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = state;
-  __syncthreads();
+  state = of_block(state);
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < WARPS; ++w) state.merge(of_warp[w]);
-  const float log_l = counted ? logf(state.l) : 0.f;
-  const float log_lq = HAS_REF && counted ? logf(state.lq) : 0.f;
-  const float mean_gap = HAS_REF && counted ? state.d / state.l : 0.f;
-  peak[row] = counted ? state.m : 0.f;
-  log_sum[row] = log_l;
-  entropy[row] = counted ? log_l - state.u / state.l : 0.f;
+  const Row found = counted ? Row::of<HAS_REF>(state) : Row{};
+  peak[row] = found.peak;
+  log_sum[row] = found.log_sum;
+  entropy[row] = found.entropy;
   if (HAS_REF) {
-    gap[row] = mean_gap;
-    kl[row] = counted ? mean_gap - (state.m - state.mq) - (log_l - log_lq) : 0.f;
+    gap[row] = found.gap;
+    kl[row] = found.kl;
   }
   if (target) {
     const int64_t at = row * columns + wanted;
-    log_prob[row] = counted ? transform(to_float(logits[at])) - state.m - log_l : 0.f;
+    log_prob[row] = counted ? transform(to_float(logits[at])) - state.m - found.log_sum : 0.f;
     if (HAS_REF) {
-      ref_log_prob[row] = counted ? transform(to_float(ref_logits[at])) - state.mq - log_lq : 0.f;
+      ref_log_prob[row] =
+          counted ? transform(to_float(ref_logits[at])) - state.mq - logf(state.lq) : 0.f;
     }
   }
 }
@@ -173,25 +94,18 @@ __global__ void __launch_bounds__(THREADS) logits_grad_kernel(
   const int64_t row = blockIdx.x;
   const int64_t wanted = target ? target[row] : -1;
   const bool counted = !target || wanted != ignore_index;
-  const float dl = d_log_prob && counted ? d_log_prob[row] : 0.f;
-  const float de = d_entropy && counted ? d_entropy[row] : 0.f;
-  const float dk = d_kl && counted ? d_kl[row] : 0.f;
-  const float m = peak[row], log_l = log_sum[row], h = entropy[row];
-  const float mean_gap = d_kl ? gap[row] : 0.f;
+  const Row known{peak[row], log_sum[row], entropy[row], d_kl ? gap[row] : 0.f, 0.f};
+  const Gradient of_z{d_log_prob && counted ? d_log_prob[row] : 0.f,
+                      d_entropy && counted ? d_entropy[row] : 0.f,
+                      d_kl && counted ? d_kl[row] : 0.f};
   const T* z_row = logits + row * columns;
   const T* q_row = d_kl ? ref_logits + row * columns : nullptr;
   T* out = dlogits + row * columns;
 
   auto gradient = [&](float raw, float raw_q, int64_t column) {
     if (!counted) return 0.f;
-    const float z = transform(raw), log_p = z - m - log_l, p = expf(log_p);
-    float dz = dl != 0.f && column == wanted ? dl : 0.f;
-    if (p > 0.f) {
-      float slope = -dl - de * (log_p + h);
-      if (q_row) slope += dk * (z - transform(raw_q) - mean_gap);
-      dz += p * slope;
-    }
-    return dz * transform.slope(raw);
+    const float zq = q_row ? transform(raw_q) : 0.f;
+    return of_z(known, transform(raw), zq, column == wanted) * transform.slope(raw);
   };
 
   constexpr int SIZE = Pack<T>::SIZE;
@@ -224,21 +138,6 @@ std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
-template <typename T>
-T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
-}
-
-template <typename Run>
-void for_dtype(const Tensor& logits, Run run) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return run(float{});
-    case ScalarType::Half: return run(__half{});
-    case ScalarType::BFloat16: return run(__nv_bfloat16{});
-    default: STD_TORCH_CHECK(false, "logits: wanted float32, float16 or bfloat16");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logits_stats_cuda(
     Tensor logits, std::optional<Tensor> target, std::optional<Tensor> ref_logits,
     double temperature, double softcap, int64_t ignore_index) {
@@ -260,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> logits_stats_
     for_dtype(logits, [&](auto element) {
       using T = decltype(element);
       auto kernel = has_ref ? logits_stats_kernel<T, true> : logits_stats_kernel<T, false>;
-      kernel<<<rows, THREADS, 0, current_stream(logits)>>>(
+      kernel<<<rows, THREADS, WARPS * sizeof(State), current_stream(logits)>>>(
           static_cast<const T*>(logits.data_ptr()), pointer<int64_t>(target),
           pointer<T>(ref_logits), number(log_prob), number(peak), number(log_sum),
           number(entropy), number(ref_log_prob), number(gap), number(kl), columns, transform,

@@ -6,7 +6,6 @@
 // float16 and bfloat16 only: perl_kernels/lora_linear/triton.py has the rule.
 
 #include <optional>
-#include <vector>
 
 #include "device.cuh"
 #include "tensor.cuh"
@@ -15,41 +14,6 @@
 
 namespace perl_kernels {
 namespace {
-
-class Device {
- public:
-  explicit Device(const Tensor& like) : like_(like), stream_(current_stream(like)) {
-    const int index = like.get_device_index();
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-          "multiprocessors");
-    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          "shared memory");
-  }
-
-  float* floats(int64_t count) {
-    memory_.push_back(torch::stable::new_empty(like_, {count}, ScalarType::Float));
-    return static_cast<float*>(memory_.back().data_ptr());
-  }
-
-  template <typename... Parameters, typename... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t x, int64_t y, int64_t z, int shared,
-              Arguments... arguments) {
-    if (shared > 48 * 1024) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-            "shared memory of lora_linear");
-    }
-    const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
-    kernel<<<grid, THREADS, shared, stream_>>>(arguments...);
-    check_launch("lora_linear");
-  }
-
-  int multiprocessors = 0, shared_bytes = 0;
-
- private:
-  const Tensor& like_;
-  cudaStream_t stream_;
-  std::vector<Tensor> memory_;
-};
 
 template <typename T>
 Matrix<T> matrix(const Tensor& t) {
@@ -67,7 +31,7 @@ void for_16_bits(const Tensor& tensor, Run run) {
 
 Tensor lora_linear_shrink_cuda(Tensor x, Tensor a, double dropout_p, std::optional<Tensor> seed) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Device device(x);
+  Device device(x, "lora_linear");
   Tensor s = torch::stable::new_empty(x, {x.size(0), a.size(0)});
   const bool drops = dropout_p > 0.0;
   const Dropout dropout{
@@ -84,7 +48,7 @@ Tensor lora_linear_shrink_cuda(Tensor x, Tensor a, double dropout_p, std::option
 void lora_linear_ds_db_cuda(Tensor dy, Tensor b, Tensor s, double scale, Tensor ds,
                             std::optional<Tensor> db) {
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
-  Device device(dy);
+  Device device(dy, "lora_linear");
   for_16_bits(dy, [&](auto element) {
     using T = decltype(element);
     auto run = [&](auto of_db) {

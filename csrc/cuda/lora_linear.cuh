@@ -20,9 +20,6 @@
 
 namespace perl_kernels {
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
-
 template <typename T>
 struct alignas(16) Chunk {
   T value[CHUNK];

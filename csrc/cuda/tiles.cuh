@@ -5,6 +5,9 @@
 
 namespace perl_kernels {
 
+constexpr int THREADS = 256;  // of a block
+constexpr int WARPS = THREADS / 32;
+
 // Elements of 16 bits in 16 bytes: what one copy moves, and what one Philox call decides on.
 constexpr int CHUNK = 8;
 

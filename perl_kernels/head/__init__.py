@@ -25,7 +25,7 @@ No [V, H] sum of weight and adapter exists either. The reference's logits z_ref 
 adapter, by the frozen head alone: a reference policy is the base model with its adapters off.
 
 Over a head in which nothing trains the forward sweep makes d log p / d hidden, and linear_kl (by
-the compiled CPU kernels) d KL / d hidden too, from
+the compiled CPU kernels, and by blocks on a GPU) d KL / d hidden too, from
 
     E_p[weight]    and    E_p[(z - z_ref) weight]
 
@@ -34,10 +34,11 @@ for KL elsewhere, and for a gradient through the entropy, saved are hidden and f
 (the largest logit, log of the sum, entropy, and with a reference E_p[z - z_ref]), and the sweep is
 repeated in backward. policy_loss knows its coefficients before the loss, makes the gradients in the
 forward call and saves only those. db needs p itself, once the sums are known, for every class: so
-training an adapter costs policy_loss a second sweep too.
+training an adapter costs policy_loss a second sweep too, but by blocks, which hold whole rows.
 
 In products of (N, H) and (V, H), forward and backward together: log p 2, or 3 where head or adapter
-train (4 where the weight does); with KL 4 by the compiled kernels over what is frozen, else 5.
+train (4 where the weight does); with KL 4 by the compiled kernels over what is frozen, else 5. By
+blocks policy_loss takes 2, and 3 with KL, unless the weight trains or a ratio has to come first.
 
 Rows whose target is ignore_index give 0 everywhere and no gradient.
 """
@@ -59,9 +60,8 @@ from .._arguments import (
     check_range,
     check_shape,
 )
-from .._library import compiled_for
 from .._softmax import statistics_dtype
-from . import op as _op  # noqa: F401 - registers the ops
+from . import op as _op
 
 __all__ = ["LinearKL", "PolicyLoss", "linear_kl", "linear_log_prob", "policy_loss"]
 
@@ -105,7 +105,8 @@ def linear_log_prob(
         weight: (V, H) in hidden's dtype. Its gradient is computed only when it requires one.
         target: (...,) int64 classes in [0, V), or ignore_index. Checked on CPU; on a GPU a class
             out of range is undefined, since checking would wait for the device.
-        bias: (V,). temperature: > 0. softcap: > 0 or None, as in Gemma 2's final logits.
+        bias: (V,). temperature: > 0, the inverse of a model's logit scale. softcap: > 0 or None, as
+            in Gemma 2's final logits.
         a, b: (R, H) and (V, R), an lm_head adapter in hidden's dtype or float32, over a frozen
             weight; gradients come in their own dtype. scale: alpha / R, or alpha / sqrt(R).
         return_entropy: also return the entropy of softmax(z), in nats.
@@ -309,7 +310,7 @@ def _stats(inputs: tuple[Tensor | None, ...], *options: float) -> tuple[Tensor, 
     hidden, *of_head = inputs[:5]
     learns = torch.is_grad_enabled() and hidden.requires_grad
     trained = any(t is not None and t.requires_grad for t in of_head)
-    if learns and not trained and (inputs[6] is None or compiled_for(hidden)):
+    if learns and not trained and (inputs[6] is None or _op.one_sweep(hidden)):
         return torch.ops.perl_kernels.head_units(*inputs, None, None, *options)
     return torch.ops.perl_kernels.head_stats(*inputs, *options)
 
@@ -344,6 +345,7 @@ def _flatten(
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "(V,)")
         check_alike("bias", bias, "hidden", hidden)
+        bias = bias.contiguous()
     _check_adapter(hidden, weight, a, b, scale)
     if ref_hidden is not None:
         check_shape("ref_hidden", ref_hidden, tuple(hidden.shape), "hidden's shape")
@@ -353,7 +355,7 @@ def _flatten(
         if target.dtype != torch.int64:
             raise TypeError(f"target is {target.dtype}; wanted torch.int64")
         check_shape("target", target, tuple(lead), "hidden's leading shape")
-        target = target.reshape(-1)
+        target = target.reshape(-1).contiguous()
     check_range("temperature", temperature, torch.finfo(torch.float32).tiny, float("inf"), "> 0")
     if softcap is not None:
         check_range("softcap", softcap, torch.finfo(torch.float32).tiny, float("inf"), "> 0")

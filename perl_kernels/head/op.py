@@ -10,8 +10,9 @@ b None mean no adapter.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .._library import backend_of, define, define_twins, implement
+from .._library import backend_of, compiled_for, define, define_twins, implement
 from .._softmax import (
     RowState,
     Stats,
@@ -53,6 +54,12 @@ define(
 )
 define(
     "head_weighted_units(Tensor dlog_prob, Tensor dkl, Tensor? d_log_prob, Tensor? d_kl) -> Tensor"
+)
+define(
+    "head_rows_cuda(Tensor(a!) logits, Tensor? bias, Tensor? target, Tensor(b!)? log_prob,"
+    " Tensor(c!) peak, Tensor(d!) log_sum, Tensor(e!) entropy, Tensor(f!)? ref_log_prob,"
+    " Tensor(g!)? gap, Tensor(h!)? kl, Tensor? d_log_prob, Tensor? d_kl, Tensor(a!) dz,"
+    " float temperature, float softcap, int ignore_index) -> ()"
 )
 define_twins("head_stats", "cpu")
 define_twins("head_grad", "cpu")
@@ -113,6 +120,19 @@ def _fake_policy_loss(
 # Backends
 # ------------------------------------------------------------------------------------------------
 
+ROUTE = "tiles"  # or "blocks": the way of a GPU, see triton.py
+
+
+def one_sweep(hidden: Tensor) -> bool:
+    """Whether gradients over a frozen weight come with the statistics, or from a second sweep;
+    torch.compile can trace the question."""
+    return compiled_for(hidden) or _by_blocks(hidden)
+
+
+def _by_blocks(hidden):
+    return ROUTE == "blocks" and backend_of(hidden) in ("triton", "cuda")
+
+
 # Tiles of the plain torch sweep: at most 16 MiB of float32 logits at a time.
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -129,7 +149,8 @@ def _stats(
     if backend in ("triton", "cuda"):
         from . import triton as kernels
 
-        return kernels.stats(*arguments)
+        blocks = ROUTE == "blocks"
+        return kernels.by_blocks(*arguments)[0] if blocks else kernels.stats(*arguments)
     return _stats_torch(*arguments)
 
 
@@ -150,11 +171,10 @@ def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *op
     check_targets(target, weight.shape[0], options[-1])
     if backend_of(hidden) == "cpu":
         return torch.ops.perl_kernels.head_units_cpu(*inputs, d_log_prob, d_kl, *options)
-    if _one_sweep(hidden, a, target, ref_hidden):
+    if _by_blocks(hidden):
         from . import triton as kernels
 
-        stats, dlog_prob = kernels.units(hidden, weight, bias, target, d_log_prob, *options[1:])
-        return (*stats, dlog_prob, hidden.new_empty(0))
+        return kernels.units(*inputs, d_log_prob, d_kl, *options)
     stats = Stats(*_stats(*inputs, *options))
 
     def gradient(d_log_prob, d_kl):
@@ -170,16 +190,6 @@ def _units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *op
     one = torch.ones_like(stats.peak)
     dlog_prob = gradient(None if target is None else one, None)
     return (*stats, dlog_prob, gradient(None, None if ref_hidden is None else one))
-
-
-def _one_sweep(hidden, a, target, ref_hidden):
-    """Whether a backend makes log p and d log p / d hidden together."""
-    backend = backend_of(hidden)
-    if backend not in ("triton", "cuda"):
-        return backend == "cpu"
-    from . import triton as kernels
-
-    return kernels.one_sweep(a, target, ref_hidden)
 
 
 def _weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
@@ -288,35 +298,58 @@ def _policy_loss(
     share = _share(counted.to(statistics_dtype(hidden.dtype)), reduction)
     gain = (share * advantage.view_as(share)).where(counted, 0.0)  # of a log-probability or ratio
     d_kl = None if ref_hidden is None else (kl_coef * share).view(-1)
-    known = old_log_prob is None
-    one_sweep = need == (True, False, False, False) and (
-        known or _one_sweep(hidden, a, target, ref_hidden)
-    )
-    if one_sweep:
-        weights = (-gain.view(-1), d_kl) if known else (None, None)
-        *stats, dlog_prob, dkl = ops.head_units(*inputs, *weights, *options)
-    else:
-        stats = ops.head_stats(*inputs, *options)
-    stats = Stats(*stats)
-    if known:
+    if old_log_prob is None:
         d_log_prob = -gain.view(-1)
+        stats, grads = _known(inputs, d_log_prob, d_kl, options, need)
         loss = (d_log_prob * stats.log_prob).sum()
     else:
+        units = need == _HIDDEN_ALONE and one_sweep(hidden)
+        if units:
+            *stats, dlog_prob, dkl = ops.head_units(*inputs, None, None, *options)
+        else:
+            stats = ops.head_stats(*inputs, *options)
+        stats = Stats(*stats)
         log_ratio = (stats.log_prob - old_log_prob).view_as(gain).where(counted, 0.0)
         loss, d_log_prob = _surrogate(log_ratio, gain, counted, lowest_ratio, highest_ratio, level)
+        if units:
+            dhidden = ops.head_weighted_units(dlog_prob, dkl, d_log_prob, d_kl)
+            grads = (dhidden, *_empty_grads(*head, *need)[1:])
+        else:
+            grads = _later(inputs, stats, d_log_prob, d_kl, options, need)
     if d_kl is not None:
         loss = loss + (d_kl * stats.kl).sum()
-    if one_sweep:
-        dhidden = dlog_prob if known else ops.head_weighted_units(dlog_prob, dkl, d_log_prob, d_kl)
-        grads = (dhidden, *_empty_grads(*head, *need)[1:])
-    elif any(need):
-        grads = ops.head_grad(
-            *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
-            d_log_prob, None, d_kl, *options, *need,
-        )  # fmt: skip
-    else:
-        grads = _empty_grads(*head, *need)
     return (loss, stats.log_prob, stats.kl, stats.entropy, *grads)
+
+
+_HIDDEN_ALONE = (True, False, False, False)
+
+
+def _known(inputs, d_log_prob, d_kl, options, need):
+    """Stats, and gradients of coefficients that are known before them."""
+    need_dhidden, need_dweight, need_dbias, need_dab = need
+    ops, empty = torch.ops.perl_kernels, _empty_grads(*inputs[:5], *need)
+    if need == _HIDDEN_ALONE:
+        *stats, dhidden, _ = ops.head_units(*inputs, d_log_prob, d_kl, *options)
+        return Stats(*stats), (dhidden, *empty[1:])
+    if need_dab and not (need_dweight or need_dbias) and _by_blocks(inputs[0]):
+        from . import triton as kernels
+
+        stats, (dhidden,), da, db = kernels.by_blocks(
+            *inputs, *options, d_log_prob, d_kl, need_dhidden, need_dab
+        )
+        return Stats(*stats), (dhidden, *empty[1:3], da, db)
+    stats = Stats(*ops.head_stats(*inputs, *options))
+    return stats, _later(inputs, stats, d_log_prob, d_kl, options, need)
+
+
+def _later(inputs, stats, d_log_prob, d_kl, options, need):
+    """Gradients from a second sweep."""
+    if not any(need):
+        return _empty_grads(*inputs[:5], *need)
+    return torch.ops.perl_kernels.head_grad(
+        *inputs, stats.peak, stats.log_sum, stats.entropy, stats.gap,
+        d_log_prob, None, d_kl, *options, *need,
+    )  # fmt: skip
 
 
 def _share(counted, reduction):

@@ -1,24 +1,27 @@
-"""The GPU kernels of the head, in Triton.
+"""The GPU kernels of the head, in Triton. Two routes, chosen by ROUTE in op.py:
 
-    stats   one sweep over the head's weight: tiles of logits live in registers, float32, and are
-            folded into each row's state; with a reference, each weight tile serves both rows
-    grad    the same tiles again, written as dz for a bounded block of the vocabulary, which the
-            library's matrix products turn into dhidden (and dweight, da, db) with float32 sums
+    tiles   one sweep over the head's weight: tiles of logits live in registers, float32, and are
+            folded into each row's state; with a reference, each weight tile serves both rows. A
+            gradient is a second sweep: the same tiles again, written as dz for a bounded block of
+            the vocabulary, which the library's matrix products turn into dhidden (and dweight, da,
+            db) with float32 sums.
+    blocks  a bounded block of rows, the policy's and below them the reference's, times the whole
+            weight by the library, in float32. A kernel folds the logits of a row into its
+            statistics and then, knowing them, writes dz over them; library products of dz follow.
 
-An adapter adds K more features to each tile's product: s b^T with s = scale * hidden a^T, both in
+In products of (N, H) and (V, H), with the gradient: log p takes 3 by tiles and 2 by blocks, with KL
+5 and 3 (4 where the two get their coefficients later), and training an adapter adds none. "tiles"
+is the route until a GPU has measured both; it also has what trains the head itself, and gradients
+that come after the sweep.
+
+An adapter adds K more features to a logit's product: s b^T with s = scale * hidden a^T, both in
 hidden's type and in 16 bits as sums of two terms, K = 2 R or 3 R.
-
-By ROUTE "blocks" the first two for log p alone, in one sweep: logits of a bounded block by the
-library, in float32, then a kernel that folds a row of them into its state and writes e^(z - m) over
-them, which the library multiplies by the weight: two products for log p and its gradient, not three
-(N H V multiply-adds each), and 12 bytes of traffic a logit. "tiles" is the route until a GPU has
-measured both; it also has every case with a reference or an adapter.
 
 By tiles the vocabulary is cut into splits that depend on its size alone, and a second kernel
 combines their states in order: a row's bits do not depend on the other rows of its batch. By blocks
-they may: the library chooses its kernel by N. The largest temporaries are one block of dz or logits
-and one float32 block of dhidden, whatever N and V are; a trained head adds its own gradient in
-float32.
+they may: the library chooses its kernel by the number of rows. The largest temporaries are one
+block of dz or logits and one float32 block of dhidden, whatever N and V are; a trained head adds
+its own gradient in float32.
 """
 
 from __future__ import annotations
@@ -28,30 +31,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._softmax import Stats, empty_stats
+from .._library import backend_of
+from .._softmax import empty_stats
 from .._triton import (
     LOWEST,
     add_product,
     at,
     dot,
     fold,
+    load_z,
     logits_gradient,
     on_device_of,
     pick,
     pinned,
     precision,
     product,
+    row_stats,
     transform,
     transform_slope,
     write_stats,
 )
 
-ROUTE = "tiles"  # or "blocks"
-
-# grad works on blocks of this many rows, and of as many columns as keep dz within these bytes; the
-# route "blocks" on as many rows as keep the logits within them.
+# grad works on blocks of this many rows, and of as many columns as keep dz within these bytes.
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 128 * 2**20
+# The route "blocks": as many whole rows of logits as stay within these bytes, and at least so many,
+# or the products would wait for the weight.
+LOGITS_BYTES = 224 * 2**20
+LOGITS_ROWS = 128
 
 
 @triton.jit
@@ -266,89 +273,64 @@ def _head_dz_kernel(
 
 
 # ------------------------------------------------------------------------------------------------
-# The route "blocks": kernels over rows of logits that the library made
+# The route "blocks": whole rows of logits that the library made
 # ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _head_block_kernel(
-    raw_ptr,  # (N, V) float32, rows stride_raw apart: a block of logits from first_column on
+def _head_rows_kernel(
+    raw_ptr,  # (N, V) float32, rows stride_raw apart; below them the reference's N, if any
     bias_ptr,  # (V,) or None
-    target_ptr,  # (N,)
-    state_ptr,  # (4, 2, N) float32: m, l, u, t of all classes but the target, and of the target
-    slope_ptr,  # (N,) float32: dz / draw of the target
-    e_ptr,  # (N, V), rows stride_e apart, over the logits: e^(z - m) dz / draw; or None
-    sums_ptr,  # (N, H) float32, of e weight so far; or None
-    N, V, H, first_column, stride_raw, stride_e,
+    target_ptr,  # (N,) or None
+    log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr,  # (N,) float32
+    ref_log_prob_ptr, gap_ptr, kl_ptr,  # (N,) float32
+    d_log_prob_ptr, d_kl_ptr,  # (N,) float32 or None
+    dz_ptr,  # (N, V), rows stride_dz apart, over the logits; or None
+    N, V, stride_raw, stride_dz, ignore_index,
     inverse_temperature, softcap,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_REF: tl.constexpr, APART: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fold one row, whole, and make what its gradient sums. The target is kept apart: where p is
-    near 1 its part would cancel most of that sum."""
+    """The statistics of one row, then its dz; that of the KL APART, over the reference's logits.
+
+    dz is at most as wide as the logits: a tile lies where its own logits or earlier ones did.
+    """
     row = tl.program_id(0) + tl.arange(0, 1)
-    columns = tl.arange(0, BLOCK_V)
-    inside = columns[None, :] < V
-    raw = tl.load(at(raw_ptr, row, columns, stride_raw, 1), mask=inside, other=0.0)
-    if bias_ptr is not None:
-        raw += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    z = _logits(raw, columns, V, inverse_temperature, softcap, HAS_SOFTCAP)
-    slope = transform_slope(raw, inverse_temperature, softcap, HAS_SOFTCAP)
-    field = tl.cast(N, tl.int64) * 2
-
-    target = tl.load(target_ptr + row) - first_column
-    here = (target >= 0) & (target < V)
-    hit = columns[None, :] == target[:, None]
-    t = tl.sum(tl.where(hit, z, 0.0), 1)
-    apart_ptrs = state_ptr + N + row
-    tl.store(apart_ptrs, t, mask=here)
-    tl.store(apart_ptrs + field, 1.0, mask=here)
-    tl.store(apart_ptrs + 3 * field, t, mask=here)
-    tl.store(slope_ptr + row, tl.sum(tl.where(hit, slope, 0.0), 1), mask=here)
-    z = tl.where(hit, float("-inf"), z)
-
-    rest_ptrs = state_ptr + row
-    m = tl.load(rest_ptrs)
-    ell, u = tl.load(rest_ptrs + field), tl.load(rest_ptrs + 2 * field)
-    m_new, ell, u, _, _, _ = fold(z, z, m, ell, u, m, ell, u, False)
-    tl.store(rest_ptrs, m_new)
-    tl.store(rest_ptrs + field, ell)
-    tl.store(rest_ptrs + 2 * field, u)
-    if e_ptr is not None:
-        e = tl.exp(z - m_new[:, None]) * slope
-        tl.debug_barrier()  # every logit of the row is read before the first is written over
-        tl.store(at(e_ptr, row, columns, stride_e, 1), e, mask=inside)
-        shrink = tl.exp(m - m_new)
-        if tl.min(shrink, 0) < 1.0:
-            for first in range(0, H, BLOCK_H):
-                features = first + tl.arange(0, BLOCK_H)
-                sums_ptrs = at(sums_ptr, row, features, H, 1)
-                sums = tl.load(sums_ptrs, mask=features[None, :] < H, other=0.0)
-                tl.store(sums_ptrs, sums * shrink[:, None], mask=features[None, :] < H)
-
-
-@triton.jit
-def _head_units_kernel(
-    sums_ptr,  # (N, H) float32
-    weight_ptr,  # (V, H)
-    target_ptr,  # (N,)
-    of_sums_ptr, of_target_ptr,  # (N,) float32
-    out_ptr,  # (N, H)
-    H, V, stride_wv, stride_wh,
-    BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """out = of_sums sums + of_target weight[target], of one row"""
-    row = tl.program_id(0) + tl.arange(0, 1)
-    target = tl.load(target_ptr + row)
-    counted = (target >= 0) & (target < V)
-    of_sums, of_target = tl.load(of_sums_ptr + row), tl.load(of_target_ptr + row)
-    for first in range(0, H, BLOCK_H):
-        features = first + tl.arange(0, BLOCK_H)
-        inside = features[None, :] < H
-        sums = tl.load(at(sums_ptr, row, features, H, 1), mask=inside, other=0.0)
-        weight_ptrs = at(weight_ptr, target, features, stride_wv, stride_wh)
-        weight = tl.load(weight_ptrs, mask=inside & counted[:, None], other=0.0).to(tl.float32)
-        out = of_sums[:, None] * sums + of_target[:, None] * weight
-        tl.store(at(out_ptr, row, features, H, 1), out, mask=inside)
+    ref_row = row + N if HAS_REF else row
+    log_prob_d_kl_ptr = None if APART else d_kl_ptr
+    row_stats(
+        raw_ptr, raw_ptr if HAS_REF else None, bias_ptr, target_ptr,
+        log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr, ref_log_prob_ptr, gap_ptr, kl_ptr,
+        row, ref_row, V, ignore_index, stride_raw, 1, stride_raw, 1,
+        inverse_temperature, softcap, HAS_SOFTCAP, BLOCK_V,
+    )  # fmt: skip
+    if dz_ptr is not None:
+        for first in range(0, V, BLOCK_V):
+            columns = first + tl.arange(0, BLOCK_V)
+            raw, z = load_z(
+                raw_ptr, bias_ptr, row, columns, V, stride_raw, 1,
+                inverse_temperature, softcap, HAS_SOFTCAP,
+            )  # fmt: skip
+            zq = z
+            if d_kl_ptr is not None:
+                _, zq = load_z(
+                    raw_ptr, bias_ptr, ref_row, columns, V, stride_raw, 1,
+                    inverse_temperature, softcap, HAS_SOFTCAP,
+                )  # fmt: skip
+            slope = transform_slope(raw, inverse_temperature, softcap, HAS_SOFTCAP)
+            inside = columns[None, :] < V
+            dz = logits_gradient(
+                z, zq, row, row >= 0, columns, target_ptr, peak_ptr, log_sum_ptr, entropy_ptr,
+                gap_ptr, d_log_prob_ptr, None, log_prob_d_kl_ptr, ignore_index,
+            )  # fmt: skip
+            if APART:
+                dz_kl = logits_gradient(
+                    z, zq, row, row >= 0, columns, target_ptr, peak_ptr, log_sum_ptr, entropy_ptr,
+                    gap_ptr, None, None, d_kl_ptr, ignore_index,
+                )  # fmt: skip
+            tl.debug_barrier()  # all have read what is now written over
+            tl.store(at(dz_ptr, row, columns, stride_dz, 1), dz * slope, mask=inside)
+            if APART:
+                tl.store(at(dz_ptr, ref_row, columns, stride_dz, 1), dz_kl * slope, mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -404,8 +386,6 @@ def stats(
 ) -> tuple[Tensor, ...]:  # the fields of Stats
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     has_ref = ref_hidden is not None
-    if one_sweep(a, target, ref_hidden):
-        return _by_blocks(hidden, weight, bias, target, temperature, softcap, ignore_index)[0]
     out = empty_stats(hidden, rows, target is not None, has_ref)
     if rows == 0:
         return tuple(out)
@@ -430,78 +410,126 @@ def stats(
     return tuple(out)
 
 
-def one_sweep(a: Tensor | None, target: Tensor | None, ref_hidden: Tensor | None) -> bool:
-    """Whether `units` can make these statistics and their gradient together."""
-    return ROUTE == "blocks" and a is None and target is not None and ref_hidden is None
-
-
 def units(
+    hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, d_kl, *options
+) -> tuple[Tensor, ...]:  # the fields of Stats; dlog_prob, dkl (N, H)
+    """By blocks; with d_log_prob, dlog_prob is the sum of both gradients times their weights."""
+    apart = d_log_prob is None
+    if apart:
+        ones = hidden.new_ones(hidden.shape[0], dtype=torch.float32)
+        d_log_prob = None if target is None else ones
+        d_kl = None if ref_hidden is None else ones
+    inputs = (hidden, weight, bias, a, b, target, ref_hidden)
+    out, dhidden, *_ = by_blocks(*inputs, *options, d_log_prob, d_kl, apart=apart)
+    none = hidden.new_empty(0)
+    dlog_prob = none if d_log_prob is None else dhidden[0]
+    return (*out, dlog_prob, dhidden[-1] if apart and d_kl is not None else none)
+
+
+def by_blocks(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    target: Tensor,  # (N,)
-    d_log_prob: Tensor | None,  # (N,) float32, ones unless given
+    a: Tensor | None,  # (R, H)
+    b: Tensor | None,  # (V, R)
+    target: Tensor | None,  # (N,)
+    ref_hidden: Tensor | None,  # (N, H)
+    scale: float,
     temperature: float,
     softcap: float,
     ignore_index: int,
-) -> tuple[tuple[Tensor, ...], Tensor]:  # the fields of Stats; d_log_prob d log p / d hidden (N, H)
-    dhidden = hidden.new_empty(hidden.shape)
-    options = (temperature, softcap, ignore_index)
-    return _by_blocks(hidden, weight, bias, target, *options, d_log_prob, dhidden)
+    d_log_prob: Tensor | None = None,  # (N,) float32
+    d_kl: Tensor | None = None,  # (N,) float32
+    need_dhidden: bool = True,
+    need_dab: bool = False,
+    apart: bool = False,
+) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor, Tensor]:
+    """One sweep: the fields of Stats, dhidden [(N, H)] and da, db.
 
-
-def _by_blocks(
-    hidden, weight, bias, target, temperature, softcap, ignore_index, d_log_prob=None, dhidden=None
-):
-    """With e = e^(z - m) over all classes but the target, l their sum and p_t that of the target,
-    d log p / d hidden = (1 - p_t) dz/draw weight[target] - (sum e dz/draw weight) / (l + e^(t - m))
+    Without d_log_prob and d_kl there are no gradients. `apart`: those of the two are not added but
+    two elements of dhidden; not with need_dab.
     """
     total, (vocabulary, features) = hidden.shape[0], weight.shape
-    out = empty_stats(hidden, total, True, False)
-    tile, units_tile = pinned("head_block", hidden), pinned("head_units", hidden)
-    width = tile["BLOCK_V"]
-    height = max(1, min(total, BLOCK_BYTES // (4 * width)))
-    logits = out.peak.new_empty(height, width)
-    over = logits.view(hidden.dtype)  # a row of the gradient begins where its logits did
+    out = empty_stats(hidden, total, target is not None, ref_hidden is not None)
+    given = (d_log_prob is not None) + (d_kl is not None)
+    dhidden = [
+        hidden.new_empty(hidden.shape if need_dhidden else (0,))
+        for _ in range(given if apart else min(given, 1))
+    ]
+    da, db = (out.peak.new_zeros(t.shape if need_dab else (0,)) for t in (a, b))
+    adapter = None if a is None else _Adapter(hidden, a, b, scale)
+    sides = 1 if ref_hidden is None else 2
+    width = 64 * triton.cdiv(vocabulary, 64)  # rows start aligned, whatever the vocabulary
+    height = max(1, LOGITS_BYTES // (4 * width * LOGITS_ROWS)) * LOGITS_ROWS // sides
+    logits = out.peak.new_empty(sides * min(height, total), width)
     for i in range(0, total, height):
         rows = slice(i, min(i + height, total))
-        h, of_rows, count = hidden[rows], target[rows], rows.stop - i
-        state = logits.new_zeros(4, 2, count)
-        state[0] = LOWEST.value
-        slope = logits.new_zeros(count)
-        sums = None if dhidden is None else logits.new_zeros(count, features)
-        for first in range(0, vocabulary, width):
-            columns = slice(first, min(first + width, vocabulary))
-            wide = columns.stop - first
-            raw, e = logits[:count, :wide], None if sums is None else over[:count, :wide]
-            product(raw, h, weight[columns].T)
-            with on_device_of(hidden):
-                _head_block_kernel[(count,)](
-                    raw, None if bias is None else bias[columns], of_rows, state, slope, e, sums,
-                    count, wide, features, first, width, over.stride(0),
-                    1.0 / temperature, softcap, HAS_SOFTCAP=softcap > 0.0,
-                    BLOCK_H=units_tile["BLOCK_H"], **tile,
-                )  # fmt: skip
-            if sums is not None:
-                add_product(sums, e, weight[columns])
-        stats = Stats(*(column[rows] for column in out))
-        with on_device_of(hidden):
-            _head_combine_kernel[(triton.cdiv(count, 128),)](
-                state, of_rows, *stats, count, 2, ignore_index,
-                HAS_REF=False, BLOCK_N=128, num_warps=4,
-            )  # fmt: skip
-        if sums is not None:
-            one = torch.exp(state[0, 0] - stats.peak - stats.log_sum)  # of l, the rest's share
-            coefficient = 1.0 if d_log_prob is None else d_log_prob[rows]
-            counted = of_rows != ignore_index
-            of_sums = (-coefficient * one).where(counted, 0.0)
-            of_target = (coefficient * state[1, 0] * one * slope).where(counted, 0.0)
-            with on_device_of(hidden):
-                _head_units_kernel[(count,)](
-                    sums, weight, of_rows, of_sums, of_target, dhidden[rows],
-                    features, vocabulary, *weight.stride(), **units_tile,
-                )  # fmt: skip
-    return tuple(out), dhidden
+        h, count = hidden[rows], rows.stop - i
+        raw = logits[: sides * count, :vocabulary]
+        product(raw, h if ref_hidden is None else torch.cat([h, ref_hidden[rows]]), weight.T)
+        if adapter is not None:
+            left, right, _ = adapter.sides(rows, slice(None))
+            add_product(raw[:count], left, right.T)
+        dz = logits.view(hidden.dtype)[: len(dhidden) * count, :vocabulary]
+        _write_rows(
+            raw, bias, *(_part(t, rows) for t in (target, *out, d_log_prob, d_kl)), dz,
+            count, sides, temperature, softcap, ignore_index,
+        )  # fmt: skip
+        if not dhidden:
+            continue
+        ds = None
+        if adapter is not None:
+            ds = out.peak.new_empty(len(dz), a.shape[0])
+            product(ds, dz, adapter.b)
+            ds *= scale
+        if need_dab:
+            add_product(db, dz.T, adapter.s[rows].to(dz.dtype))
+            add_product(da, ds.T.to(h.dtype), h)
+        if need_dhidden:
+            sums = out.peak.new_empty(len(dz), features)
+            product(sums, dz, weight)
+            if ds is not None:
+                sums.addmm_(ds, a.float())
+            for one, of_rows in zip(dhidden, sums.split(count), strict=True):
+                one[rows] = of_rows
+    if need_dab:
+        da, db = da.to(a.dtype), db.to(b.dtype)
+    return tuple(out), dhidden, da, db
+
+
+def _write_rows(
+    raw, bias, target, log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl, d_log_prob, d_kl,
+    dz, rows, sides, temperature, softcap, ignore_index,
+):  # fmt: skip
+    """The statistics of whole rows of logits, and dz over them: one, two APART, or none."""
+    if _in_cuda(dz):
+        torch.ops.perl_kernels.head_rows_cuda(
+            raw, bias, target, log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl,
+            d_log_prob, d_kl, dz, temperature, softcap, ignore_index,
+        )  # fmt: skip
+        return
+    with on_device_of(raw):
+        _head_rows_kernel[(rows,)](
+            raw, bias, target, log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl,
+            d_log_prob, d_kl, dz if len(dz) else None,
+            rows, raw.shape[1], raw.stride(0), dz.stride(0), ignore_index,
+            1.0 / temperature, softcap,
+            HAS_REF=sides == 2, APART=len(dz) > rows, HAS_SOFTCAP=softcap > 0.0,
+            **pinned("head_rows", dz),
+        )  # fmt: skip
+
+
+def _in_cuda(like: Tensor) -> bool:
+    """Whether csrc/cuda runs the rows of the route "blocks": where the backend "cuda" is asked for.
+
+    "auto" stays with Triton until a GPU has measured both in bench_policy_loss.py; then one goes.
+    """
+    return backend_of(like) == "cuda"
+
+
+def _part(column: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows; None where there is nothing."""
+    return column[rows] if column is not None and column.numel() else None
 
 
 def grad(
@@ -584,10 +612,6 @@ def _write_dz(
     temperature, softcap, ignore_index, rows, columns,
 ):  # fmt: skip
     """dz (rows, columns) of the [N, V] gradient, in hidden's dtype"""
-
-    def part(column: Tensor | None) -> Tensor | None:
-        return column[rows] if column is not None and column.numel() else None
-
     d_kl = incoming[2]
     ref = None if d_kl is None else ref_hidden[rows]
     hidden, weight = hidden[rows], weight[columns]
@@ -597,7 +621,8 @@ def _write_dz(
     programs = triton.cdiv(dz.shape[0], tile["BLOCK_N"]) * triton.cdiv(dz.shape[1], tile["BLOCK_V"])
     with on_device_of(hidden):
         _head_dz_kernel[(programs,)](
-            hidden, ref, weight, bias, s, b, *(part(t) for t in (target, *known, *incoming)), dz,
+            hidden, ref, weight, bias, s, b,
+            *(_part(column, rows) for column in (target, *known, *incoming)), dz,
             dz.shape[0], hidden.shape[1], dz.shape[1], inner,
             columns.start, ignore_index, dz.stride(0),
             *_strides(hidden, ref, weight), 1.0 / temperature, softcap,

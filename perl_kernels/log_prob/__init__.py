@@ -61,7 +61,13 @@ def log_prob(
         raise TypeError(f"target is {target.dtype}; wanted torch.int64")
     check_shape("target", target, tuple(lead), "logits' leading shape")
     log_p, _, _, entropy, *_ = _stats(
-        logits, target.reshape(-1), None, temperature, softcap, ignore_index, inplace_backward
+        logits,
+        target.reshape(-1).contiguous(),
+        None,
+        temperature,
+        softcap,
+        ignore_index,
+        inplace_backward,
     )
     return (log_p.view(lead), entropy.view(lead)) if return_entropy else log_p.view(lead)
 

@@ -13,31 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._softmax import empty_stats
-from .._triton import (
-    LOWEST,
-    at,
-    fold,
-    logits_gradient,
-    on_device_of,
-    pick,
-    pinned,
-    transform,
-    transform_slope,
-    write_stats,
-)
-
-
-@triton.jit
-def _load_z(
-    logits_ptr, row, columns, V, stride_n, stride_v, inverse_temperature, softcap,
-    HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The logits as given, and z, (1, columns) float32; beyond V z is -inf"""
-    inside = columns[None, :] < V
-    raw = tl.load(at(logits_ptr, row, columns, stride_n, stride_v), mask=inside, other=0.0)
-    raw = raw.to(tl.float32)
-    z = transform(raw, inverse_temperature, softcap, HAS_SOFTCAP)
-    return raw, tl.where(inside, z, float("-inf"))
+from .._triton import at, load_z, logits_gradient, on_device_of, pinned, row_stats, transform_slope
 
 
 @triton.jit
@@ -54,35 +30,11 @@ def _logits_stats_kernel(
 ):  # fmt: skip
     """The statistics of one row"""
     row = tl.program_id(0) + tl.arange(0, 1)
-    if target_ptr is not None:
-        target = tl.load(target_ptr + row)
-        counted = target != ignore_index
-    else:
-        counted = row >= 0
-    m = tl.full((1,), LOWEST, tl.float32)
-    ell, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
-    mq, lq, d, tq = m, tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
-    for first in range(0, V, BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
-        _, z = _load_z(
-            logits_ptr, row, columns, V, stride_zn, stride_zv,
-            inverse_temperature, softcap, HAS_SOFTCAP,
-        )  # fmt: skip
-        zq = z
-        if ref_ptr is not None:
-            _, zq = _load_z(
-                ref_ptr, row, columns, V, stride_qn, stride_qv,
-                inverse_temperature, softcap, HAS_SOFTCAP,
-            )  # fmt: skip
-        m, ell, u, mq, lq, d = fold(z, zq, m, ell, u, mq, lq, d, ref_ptr is not None)
-        if target_ptr is not None:
-            t = pick(z, columns, target, t)
-            if ref_ptr is not None:
-                tq = pick(zq, columns, target, tq)
-    write_stats(
+    row_stats(
+        logits_ptr, ref_ptr, None, target_ptr,
         log_prob_ptr, peak_ptr, log_sum_ptr, entropy_ptr, ref_log_prob_ptr, gap_ptr, kl_ptr,
-        row, row >= 0, counted, m, ell, u, t, mq, lq, d, tq,
-        target_ptr is not None, ref_ptr is not None,
+        row, row, V, ignore_index, stride_zn, stride_zv, stride_qn, stride_qv,
+        inverse_temperature, softcap, HAS_SOFTCAP, BLOCK_V,
     )  # fmt: skip
 
 
@@ -102,14 +54,14 @@ def _logits_grad_kernel(
     """d loss / d logits of one tile of one row"""
     row = tl.program_id(0) + tl.arange(0, 1)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    raw, z = _load_z(
-        logits_ptr, row, columns, V, stride_zn, stride_zv,
+    raw, z = load_z(
+        logits_ptr, None, row, columns, V, stride_zn, stride_zv,
         inverse_temperature, softcap, HAS_SOFTCAP,
     )  # fmt: skip
     zq = z
     if ref_ptr is not None:
-        _, zq = _load_z(
-            ref_ptr, row, columns, V, stride_qn, stride_qv,
+        _, zq = load_z(
+            ref_ptr, None, row, columns, V, stride_qn, stride_qv,
             inverse_temperature, softcap, HAS_SOFTCAP,
         )  # fmt: skip
     dz = logits_gradient(
