@@ -20,6 +20,7 @@ DROPOUT = f"{TRAIN}, dropout 0.1"
 PROJECTIONS = f"q, k, v together, {DROPOUT}"
 ONE_TOKEN = "one token, forward"
 POLICY_KL = f"{TRAIN}, exact KL"
+ONE_LENGTH, ENDING = "answers of one length", "answers that end"
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ BARS: list[Bar] = [
             (", checkpointing", "", "memory ours/trl", 1.0, 1.0),
         )
     ),
+    _cpu("rollout", ONE_LENGTH, "", "transformers/ours", ">=", 1.5),
+    _cpu("rollout", ENDING, "", "transformers/ours", ">=", 1.5),
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -232,4 +235,6 @@ BARS += [
     ),
     _gpu("reward_step", "step", "full/ours", ">=", 1.6),
     _gpu("reward_step", "step", "memory ours/full", "<=", 0.35),
+    _gpu("rollout", ONE_LENGTH, "transformers/ours", ">=", 2.0),
+    _gpu("rollout", ENDING, "transformers/ours", ">=", 2.0),
 ]  # fmt: skip

@@ -59,11 +59,13 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_linear", "forward + backward, compiled", {}),
     ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
+    ("rollout", "answers of one length", {}),
     ("linear_log_prob", "forward + backward, compiled", {}),
     ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
-LEFT = {"reward_step": 100.0, "study": 60.0, "": 15.0}  # seconds, by room: with less, no case
+# seconds, by room: with less, no case
+LEFT = {"reward_step": 100.0, "rollout": 150.0, "study": 60.0, "": 15.0}
 STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
 
 

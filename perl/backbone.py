@@ -32,7 +32,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,7 +197,7 @@ class Backbone:
         """
         self._check_new(name)
         folder = role_folder(folder, name)
-        if _is_adapter(folder):
+        if is_adapter(folder):
             role = self._load_adapter_role(name, folder, trainable)
         elif (folder / "config.json").is_file():
             role = self._load_model_role(folder, trainable)
@@ -246,6 +246,34 @@ class Backbone:
         )
         (folder / BASE_FILE).write_text(json.dumps(self.identity, indent=2) + "\n")
 
+    def average_roles(
+        self, name: str, roles: Sequence[str], weights: Sequence[float], r: int | None = None
+    ) -> None:
+        """Adds a role whose adapter and scalar head are the weighted sums of those of `roles`.
+
+        The roles are adapters of this base, all with a scalar head or all without. r: see
+        `pk.average_adapters`.
+        """
+        self._check_new(name)
+        pk.average_adapters(self.model, list(roles), weights, name, r=r)
+        heads = [self._roles[role].score for role in roles]
+        score = None if heads[0] is None else self._new_score()
+        if score is not None:
+            parts = [w * head.weight for w, head in zip(weights, heads, strict=True)]
+            score.weight.data = torch.stack(parts).sum(0).detach()
+        self._add(name, _Role(self.model, name, score, trainable=False))
+
+    def merged(self, name: str) -> nn.Module:
+        """An adapter's role as a plain transformers model; a scalar one as a classifier.
+
+        The base's weights become the model's, so this is the last that is asked of a backbone.
+        """
+        role = self._roles[name]
+        _untie_adapted_head(self.model)
+        pk.merge_lora(self.model, role.adapter)
+        model = pk.unload_lora(self.model)
+        return model if role.score is None else _with_score(model, role.score, self.tokenizer)
+
     def trainable(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """The named parameters that this role's optimizer updates; the names outlive the run."""
         role = self._roles[name]
@@ -279,7 +307,7 @@ class Backbone:
         """Last hidden states under a role; None is the reference. Left or right padding alike."""
         model, adapter = self._activate(role)
         context = getattr(model.config, "max_position_embeddings", None)
-        if context is not None and attention_mask.shape[1] > context:
+        if cache is None and context is not None and attention_mask.shape[1] > context:
             raise UsageError(
                 f"a sequence of {attention_mask.shape[1]} tokens does not fit the {context} of the "
                 f"{role or 'reference'} model's context: give fewer with --max-tokens"
@@ -344,9 +372,9 @@ class Backbone:
             if role.score is not None:
                 role.score.to(self.device)
 
-    def any_process(self, flag: Tensor) -> bool:
-        """Whether the flag is set; sharded, on any process: all have to make the same passes."""
-        return bool(flag) if not self.sharded else distributed.total(bool(flag)) > 0
+    def any_process(self, flag: Any) -> bool:
+        """Whether it is true; sharded, on any process: all have to make the same passes."""
+        return distributed.total(bool(flag)) > 0 if self.sharded else bool(flag)
 
     # ---------------------------------------------------------------------------------- private
 
@@ -494,7 +522,9 @@ def _untie_adapted_head(model: nn.Module) -> None:
 def _with_score(model: nn.Module, score: nn.Linear, tokenizer: Any) -> nn.Module:
     """A one-label sequence classifier around the decoder of a causal LM; its LM head is dropped."""
     config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config.num_labels, pad = 1, tokenizer.pad_token_id
+    # None: transformers then refuses batches, where it would score the token before the end
+    config.get_text_config().pad_token_id = None if pad == tokenizer.eos_token_id else pad
     with torch.device("meta"):  # only the shell: the weights are the causal LM's
         classifier = AutoModelForSequenceClassification.from_config(config)
     setattr(classifier, classifier.base_model_prefix, model.base_model)
@@ -516,7 +546,7 @@ def _hidden_size(config: Any) -> int:
     return config.get_text_config().hidden_size
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
@@ -543,10 +573,10 @@ def _load_causal_lm(path: str | Path, dtype: torch.dtype | None) -> tuple[nn.Mod
     An adapter is merged into its base, and the result is a plain model again.
     """
     folder = role_folder(path, "policy") if Path(path).is_dir() else Path(path)
-    if not _is_adapter(folder):
+    if not is_adapter(folder):
         source = _model_source(folder if folder.is_dir() else path)
         return _from_pretrained(AutoModelForCausalLM, source, dtype), source
-    base = _base_of(folder)
+    base = base_of(folder)
     model, source = _load_causal_lm(base, dtype)
     _check_base(folder, _identity(model, base))
     if _load_adapter(model, folder, "merged", base):
@@ -598,17 +628,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_tokenizer(tokenizer: Any, model: nn.Module, name: str) -> None:
-    """Needs an end-of-sequence token; without a padding token takes <unk>, else end-of-sequence.
+    """Needs an end-of-sequence token, and a padding token beside it where there is any to take.
 
-    Padding is only filler: every pass carries its own mask.
+    Padding is only filler here: every pass carries its own mask. But transformers' classifiers
+    score the last token that is not padding, which is to be the end of the sequence.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its "
             "tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens]
+        others = [token for token in others if token not in (None, tokenizer.eos_token)]
+        tokenizer.pad_token = others[0] if others else tokenizer.eos_token
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise UsageError(
@@ -679,13 +712,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not JSON: {error}; save the adapter again") from error
 
 
-def _base_of(folder: Path) -> str:
+def base_of(folder: Path) -> str:
     """The model that an adapter folder names as its base."""
     if (folder / BASE_FILE).is_file():
-        return _read_json(folder / BASE_FILE)["model"]
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = _read_json(folder / BASE_FILE)["model"]
+    else:
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{folder} is an adapter that names no base: give its base as the model")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UsageError(
+            f"{folder} was trained on {base}, which is no folder any more: give its base as the "
+            "model"
+        )
     return base
 
 
@@ -700,5 +739,5 @@ def _check_base(folder: Path, identity: dict[str, Any]) -> None:
         pairs = ", ".join(f"{key} {theirs.get(key)} not {identity[key]}" for key in differ)
         raise UsageError(
             f"adapter {folder} belongs to another base ({pairs}): give --model the base it was "
-            f"trained on, then called {theirs.get('model')}"
+            f"trained on, then called {theirs.get('model')}, in the --dtype of that run"
         )

@@ -803,7 +803,7 @@ def build_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedT
 SHAPES = {  # hidden size, layers, heads, feed-forward size
     "mini": (32, 2, 2, 64),
     "tiny": (64, 2, 4, 192),
-    "small": (128, 3, 4, 384),
+    "small": (128, 2, 4, 384),
     "81M": (768, 8, 12, 2048),  # these two for time and memory alone
     "1.1B": (2048, 22, 32, 5632),
 }

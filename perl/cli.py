@@ -28,7 +28,9 @@ COMMANDS = {
     "reinforce": (cfg.ReinforceConfig, "perl.train_policy:train", "train a policy by REINFORCE"),
     "evaluate": (cfg.EvaluateConfig, "perl.evaluate:evaluate", "held-out figures of a model"),
     "generate": (cfg.GenerateConfig, "perl.evaluate:generate", "answers for prompts"),
-    "merge": (cfg.MergeConfig, "perl.evaluate:merge", "fold an adapter into its base"),
+    "score": (cfg.ScoreConfig, "perl.score:score", "a reward model's scores of a file's answers"),
+    "export": (cfg.ExportConfig, "perl.export:export", "a trained model for transformers or PEFT"),
+    "average": (cfg.AverageConfig, "perl.export:average", "one model from several runs' weights"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
     "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
@@ -149,13 +151,16 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
         notes.append(f"default {str(field.default).lower() if kind is bool else field.default}")
     text += f" ({', '.join(notes)})" if notes else ""
     if field.metadata["positional"]:
-        command.add_argument(field.name, metavar=field.name.upper(), help=text)
+        many = {"nargs": "+"} if kind == list[str] else {}
+        command.add_argument(field.name, metavar=field.name.upper(), help=text, **many)
         return
     settings: dict[str, Any] = dict(dest=field.name, default=argparse.SUPPRESS, help=text)
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    elif kind == list[str]:
-        settings.update(nargs="+", metavar=field.metadata["metavar"])
+    elif typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        metavar = field.metadata["metavar"] if item is str else _METAVARS[item]
+        settings.update(nargs="+", type=item, metavar=metavar)
     else:
         settings["type"] = kind
         settings["metavar"] = "|".join(choices) if choices else _METAVARS[kind]

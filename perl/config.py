@@ -97,6 +97,33 @@ class ModelConfig(Config):
     seed: int = option(0, at_least=0, help="seed of initial weights, data order, dropout, sampling")
 
 
+def _base_model() -> Any:
+    return option(
+        None,
+        help="base model folder or name, or a run on it; default: the base that the first reward "
+        "model names",
+    )
+
+
+def _ensemble() -> Any:
+    return option(
+        None,
+        help="several --reward-model folders as one: the mean of their scores, or the lowest "
+        "(default mean)",
+    )
+
+
+def _check_reward_models(config: Any) -> None:
+    folders = config.reward_model or []
+    if len(set(map(os.path.realpath, folders))) < len(folders):
+        raise UsageError(f"--reward-model names a folder twice: {', '.join(folders)}")
+    if config.ensemble is not None and len(folders) < 2:
+        raise UsageError(
+            "--ensemble says how several --reward-model folders become one reward; give at least "
+            "two, or leave it out"
+        )
+
+
 @dataclass(kw_only=True)
 class TrainConfig(ModelConfig):
     """What the three trainers share."""
@@ -227,7 +254,10 @@ class RewardConfig(TrainConfig):
 class ReinforceConfig(TrainConfig):
     """REINFORCE with a value baseline and a KL anchor on {prompt} rows (arXiv 2309.00267)."""
 
-    reward_model: str | None = option(None, help="folder of a reward run, or of its reward model")
+    reward_model: list[str] | None = option(
+        None, help="folder of a reward run, or of its reward model; several make an ensemble"
+    )
+    ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(
         None, help="FILE.py:NAME, a Python function NAME(prompts, completions) -> list of floats"
     )
@@ -249,6 +279,12 @@ class ReinforceConfig(TrainConfig):
         "value", help="what is subtracted from the return"
     )
     whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    importance_cap: float | None = option(
+        None,
+        at_least=1,
+        help="weigh each token by pi / pi_sampled, at most this much (truncated importance "
+        "sampling); default: not at all",
+    )
     value_lr: float | None = option(
         None, above=0, help="learning rate of the value model; default as --lr"
     )
@@ -265,6 +301,7 @@ class ReinforceConfig(TrainConfig):
                 "reinforce wants exactly one of --reward-model FOLDER and "
                 "--reward-function FILE.py:NAME"
             )
+        _check_reward_models(self)
         if self.kl_in == "loss" and self.tuning == "full":
             raise UsageError(
                 "--kl-in loss is exact over one head that policy and anchor share; "
@@ -276,16 +313,18 @@ class ReinforceConfig(TrainConfig):
 class EvaluateConfig(ModelConfig):
     """Held-out figures of a language model, an adapter or a reward model, as one JSON object."""
 
+    model: str | None = _base_model()
     data: str = option(help="rows to evaluate on")
     format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
         "auto", help="published format of the data file"
     )
     adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
-    reward_model: str | None = option(
+    reward_model: list[str] | None = option(
         None,
         help="folder of a reward run or reward model: scores "
-        "the rows, or the answers generated for {prompt} rows",
+        "the rows, or the answers generated for {prompt} rows; several make an ensemble",
     )
+    ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(None, help="FILE.py:NAME that scores generated answers")
     rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
     batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
@@ -297,6 +336,45 @@ class EvaluateConfig(ModelConfig):
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
     temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
     out: str | None = option(None, help="also write the figures to this JSON file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and self.reward_model is None:
+            raise UsageError("evaluate wants --model MODEL, or the --reward-model of a known base")
+        _check_reward_models(self)
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(ModelConfig):
+    """A reward model's score of every answer in a file, as new columns of a new JSONL file.
+
+    {prompt, completion} and {messages} rows get one column, {prompt, chosen, rejected} rows
+    COLUMN_chosen and COLUMN_rejected; of several reward models also their standard deviation,
+    COLUMN_std. Killed, the same command goes on.
+    """
+
+    reward_model: list[str] = option(
+        help="folder of a reward run, or of its reward model; several make an ensemble"
+    )
+    ensemble: Literal["mean", "min"] | None = _ensemble()
+    model: str | None = _base_model()
+    data: str = option(help="rows with answers: JSONL, JSON or Parquet, by their columns")
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
+        "auto", help="published format of the data file"
+    )
+    out: str = option(help="JSONL file of the rows with their scores; must not exist")
+    column: str = option("score", help="name of the new column")
+    rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
+    batch_size: int = option(16, unit="rows", at_least=1, help="answers per forward pass")
+    max_tokens: int = option(
+        0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
+    )
+    truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
+    drop_long: bool = option(False, help="leave out rows that still do not fit")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_reward_models(self)
 
 
 @dataclass(kw_only=True)
@@ -322,10 +400,51 @@ class GenerateConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
-class MergeConfig(ModelConfig):
-    """A plain model folder from an adapter (or run folder): its base with the adapter added."""
+class ExportConfig(ModelConfig):
+    """A trained policy or reward model for other programs: transformers' own folder, or PEFT's.
 
-    out: str = option(help="folder of the merged model; must not exist, or be empty")
+    merged: the adapter added to its base, which AutoModelForCausalLM loads, or for a reward model
+    AutoModelForSequenceClassification. adapter: the adapter alone, for PeftModel or
+    AutoPeftModelFor...; a reward model's wants num_labels=1 and the pad_token_id that is printed.
+    """
+
+    model: str = option(help="folder of a run with an adapter, or of the adapter")
+    form: Literal["merged", "adapter"] = option("merged", help="which of the two to write")
+    base: str | None = option(
+        None, help="model under the adapter; default: where it was when the adapter was trained"
+    )
+    out: str = option(help="folder to write; must not exist, or be empty")
+
+
+@dataclass(kw_only=True)
+class AverageConfig(ModelConfig):
+    """One model from several runs on one base: their weights averaged (WARM, arXiv 2401.12187).
+
+    Adapters are averaged as the changes they make to each weight, exactly, so the ranks add up;
+    --rank cuts the sum to its best approximation. Score heads are averaged as they are. The result
+    is a folder that every command takes where it takes a run.
+    """
+
+    runs: list[str] = option(
+        positional=True, help="folders of reward (or policy) runs or adapters, two or more"
+    )
+    model: str | None = option(None, help="base model; default: the one that the runs name")
+    weights: list[float] | None = option(
+        None, help="weight of each run, divided by their sum; default equal"
+    )
+    rank: int | None = option(None, at_least=1, help="rank of the result; default the sum of ranks")
+    out: str = option(help="folder of the average; must not exist, or be empty")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.runs) < 2:
+            raise UsageError("average wants two RUNS or more")
+        if self.weights is not None and len(self.weights) != len(self.runs):
+            raise UsageError(
+                f"--weights has {len(self.weights)} values for {len(self.runs)} runs; give one each"
+            )
+        if self.weights is not None and not (min(self.weights) >= 0 and sum(self.weights) > 0):
+            raise UsageError(f"--weights is {self.weights}; want no negative ones, and not all 0")
 
 
 @dataclass(kw_only=True)
@@ -491,7 +610,7 @@ def _required(field: dataclasses.Field) -> bool:
 def kind_of(hint: Any) -> tuple[Any, bool, tuple]:
     """(type, whether None is allowed, choices) of a field's type hint."""
     optional = False
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
         optional = True
     if typing.get_origin(hint) is Literal:
@@ -511,6 +630,11 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         if not good:
             raise UsageError(f"{name} is {value!r}; want a list of names")
         return value
+    if kind == list[float]:
+        good = isinstance(value, list) and value and all(map(_is_finite, value))
+        if not good:
+            raise UsageError(f"{name} is {value!r}; want a list of finite numbers")
+        return [float(v) for v in value]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -526,6 +650,10 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         if limit is not None and breaks(value, limit):
             raise UsageError(f"{name} is {value}; want {bound.replace('_', ' ')} {limit}")
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
 
 
 _BOUNDS = {"at_least": operator.lt, "above": operator.le, "at_most": operator.gt}

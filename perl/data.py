@@ -48,6 +48,10 @@ class Rows(list):
         self.places = list(places)
         self.notes = list(notes)
 
+    def first(self, count: int) -> Rows:
+        """The first `count` rows; 0: all."""
+        return Rows(self[:count], self.places[:count], self.notes) if count else self
+
 
 # ---------------------------------------------------------------------------------------------
 # Reading
@@ -668,16 +672,9 @@ def load_files(
 
     data: words FILE or FILE=WEIGHT. A weight is the file's share of what is drawn, relative to the
     others'; without weights every example is drawn alike. Notes name their file. Raises UsageError
-    for a weight that is no number above 0 or stands on some files only, and where the validation
-    file is one of the training files.
+    for a weight that is no number above 0, or that stands on some files only.
     """
-    files = [_file_and_weight(word) for word in data]
-    for path, _ in files:
-        if validation is not None and Path(path).resolve() == Path(validation).resolve():
-            raise UsageError(
-                f"--validation {validation} is a training file too, so nothing in it is held out; "
-                "give rows that --data has not"
-            )
+    files = [file_and_weight(word) for word in data]
     weights = [weight for _, weight in files if weight is not None]
     if weights and (len(weights) < len(files) or len(files) == 1):
         raise UsageError(
@@ -702,7 +699,8 @@ def _together(files: Sequence[tuple[str, float | None]], load: Callable[[str], E
     return together
 
 
-def _file_and_weight(word: str) -> tuple[str, float | None]:
+def file_and_weight(word: str) -> tuple[str, float | None]:
+    """A word FILE or FILE=WEIGHT in its parts; the name of a file may hold "=" too."""
     path, equals, weight = word.rpartition("=")
     if not equals or Path(word).is_file():
         return word, None

@@ -1,4 +1,4 @@
-"""The commands that train nothing: evaluate, generate, merge, data and bench."""
+"""Commands that train nothing: evaluate, generate, data and bench."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perl import cafe
 from perl.backbone import Backbone
-from perl.config import (
-    BenchConfig,
-    DataConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    MergeConfig,
-    UsageError,
-)
+from perl.config import BenchConfig, DataConfig, EvaluateConfig, GenerateConfig, UsageError
 from perl.data import (
     KINDS,
+    Encoded,
     Rows,
     columns_of,
     encode_examples,
@@ -35,11 +30,18 @@ from perl.data import (
     read_rows,
     row_kind,
 )
-from perl.reward import load_reward_function, reward_figures, score_all
-from perl.rollout import Rollout
+from perl.ensemble import (
+    Rewards,
+    base_of_reward_model,
+    check_finite,
+    load_reward_models,
+    score_rewards,
+)
+from perl.files import empty_folder, new_file, write_rows
+from perl.progress import progress
+from perl.reward import figures_of_scores, load_reward_function, sequences
 from perl.rollout import generate as sample
-from perl.run import role_folder
-from perl.training import by_length, language_figures, length_limit, open_backbone
+from perl.training import language_figures, length_limit, open_backbone
 
 # ---------------------------------------------------------------------------------------------
 # evaluate
@@ -52,19 +54,28 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     accuracy). With a reward model or function, the model answers other rows' prompts and the
     answers are scored. With neither, text, completions and messages give loss and perplexity.
     """
-    out = _new_file(config.out) if config.out else None
-    rows = _first(read_rows(config.data, config.format), config.rows)
+    out = new_file(config.out) if config.out else None
+    rows = read_rows(config.data, config.format).first(config.rows)
     kind = row_kind(rows)
+    if config.model is None:
+        base = base_of_reward_model(config.reward_model[0])
+        config = dataclasses.replace(config, model=base)
     backbone, role = _policy(config)
-    if config.reward_function or config.reward_model and kind not in ("pairwise", "pointwise"):
-        figures = _score_answers(config, backbone, role, rows, kind)
-    elif config.reward_model:
-        backbone.load_role("reward", config.reward_model, scalar=True)
+    judges = load_reward_models(backbone, config.reward_model or [])
+    if config.reward_function or judges and kind not in ("pairwise", "pointwise"):
+        figures = _score_answers(config, backbone, role, judges, rows, kind)
+    elif judges:
         encode = encode_pairs if kind == "pairwise" else encode_labelled
         examples = encode(rows, backbone.tokenizer, length_limit(config, backbone))
-        figures = reward_figures(backbone, "reward", examples, config.batch_size)
+        _say_notes(config, examples)
+        rewards = score_rewards(
+            backbone, judges, sequences(examples), config.batch_size, config.ensemble
+        )
+        check_finite(rewards, examples.rows, rows)
+        figures = figures_of_scores(rewards.reward, examples) | rewards.figures()
     elif kind in ("text", "completion", "messages"):
         examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
+        _say_notes(config, examples)
         figures = language_figures(backbone, role, examples, config.batch_size)
     else:
         raise UsageError(
@@ -73,12 +84,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     figures = {"data": config.data, "rows": len(rows)} | figures
     if out:
-        _write_rows(out, [figures])
+        write_rows(out, [figures])
     return figures
 
 
 def _score_answers(
-    config: EvaluateConfig, backbone: Backbone, role: str | None, rows: Rows, kind: str
+    config: EvaluateConfig,
+    backbone: Backbone,
+    role: str | None,
+    judges: list[str],
+    rows: Rows,
+    kind: str,
 ) -> dict[str, Any]:
     if "prompt" not in KINDS[kind]:
         raise UsageError(
@@ -88,19 +104,16 @@ def _score_answers(
     if config.reward_function and config.reward_model:
         raise UsageError("give --reward-model or --reward-function, not both")
     function = load_reward_function(config.reward_function) if config.reward_function else None
-    if config.reward_model:
-        backbone.load_role("reward", config.reward_model, scalar=True)
-    prompts, rows, answers = _answers(config, backbone, role, rows)
+    prompts, answers = _answers(config, backbone, role, rows)
     if function:
         texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        rewards = function([row["prompt"] for row in rows], texts)
+        rewards = Rewards(torch.tensor(function([row["prompt"] for row in prompts.rows], texts)))
     else:
         both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        rewards = score_all(backbone, "reward", both, config.batch_size).tolist()
+        rewards = score_rewards(backbone, judges, both, config.batch_size, config.ensemble)
+        check_finite(rewards, prompts.rows, rows)
     eos = backbone.tokenizer.eos_token_id
-    return {
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
+    return rewards.figures() | {
         "length": statistics.fmean(map(len, answers)),
         "ended": statistics.fmean(answer[-1] == eos for answer in answers),
     }
@@ -112,20 +125,21 @@ def _score_answers(
 
 def generate(config: GenerateConfig) -> None:
     """Prints one prompt with its answer, or {prompt, completion} JSON lines for a data file."""
-    out = _new_file(config.out) if config.out else None
+    out = new_file(config.out) if config.out else None
     rows = Rows([{"prompt": config.prompt}], ["--prompt"])
     if config.data:
-        rows = _first(read_rows(config.data), config.rows)
+        rows = read_rows(config.data).first(config.rows)
         if "prompt" not in KINDS[row_kind(rows)]:
             raise UsageError(f"{config.data} has no prompt column; generate wants {{prompt}} rows")
     backbone, role = _policy(config)
-    _, rows, answers = _answers(config, backbone, role, rows)
+    prompts, answers = _answers(config, backbone, role, rows)
     texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
     answered = [
-        {"prompt": row["prompt"], "completion": text} for row, text in zip(rows, texts, strict=True)
+        {"prompt": row["prompt"], "completion": text}
+        for row, text in zip(prompts.rows, texts, strict=True)
     ]
     if out:
-        _write_rows(out, answered)
+        write_rows(out, answered)
     elif config.data:
         for row in answered:
             print(json.dumps(row, ensure_ascii=False))
@@ -135,8 +149,8 @@ def generate(config: GenerateConfig) -> None:
 
 def _answers(
     config: EvaluateConfig | GenerateConfig, backbone: Backbone, role: str | None, rows: Rows
-) -> tuple[list[list[int]], list[dict], list[list[int]]]:
-    """Prompt tokens, their rows, and the answers' tokens with the end-of-sequence token."""
+) -> tuple[Encoded, list[list[int]]]:
+    """Prompts, and the answers' tokens with the end-of-sequence token."""
     longest = getattr(config, "max_tokens", 0)
     room = prompt_room(longest, config.max_new_tokens, backbone.config.max_position_embeddings)
     prompts = encode_prompts(
@@ -146,27 +160,25 @@ def _answers(
         truncate_prompts=config.truncate_prompts,
         drop_long=getattr(config, "drop_long", False),
     )
-    answers: list[list[int]] = [[] for _ in prompts]
-    for group in by_length(prompts, config.batch_size):
+    _say_notes(config, prompts)
+    with progress(len(prompts), "generate", "answer") as bar:
         rollout = sample(
             backbone,
             role,
-            [prompts[i] for i in group],
+            list(prompts),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=getattr(config, "top_k", 0),
             top_p=getattr(config, "top_p", 1.0),
+            batch_size=config.batch_size,
+            ended=bar.update,
         )
-        for i, answer in zip(group, _real_tokens(rollout), strict=True):
-            answers[i] = answer
-    return prompts, prompts.rows, answers
+    return prompts, rollout.answers()
 
 
-def _real_tokens(rollout: Rollout) -> list[list[int]]:
-    return [
-        ids[mask].tolist()
-        for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
-    ]
+def _say_notes(config: EvaluateConfig | GenerateConfig, encoded: Encoded) -> None:
+    for note in encoded.notes:
+        print(f"{config.data or '--prompt'}: {note}", file=sys.stderr)
 
 
 def _policy(config: EvaluateConfig | GenerateConfig) -> tuple[Backbone, str | None]:
@@ -178,29 +190,6 @@ def _policy(config: EvaluateConfig | GenerateConfig) -> tuple[Backbone, str | No
     return backbone, "policy"
 
 
-def _first(rows: Rows, count: int) -> Rows:
-    return Rows(rows[:count], rows.places[:count], rows.notes) if count else rows
-
-
-# ---------------------------------------------------------------------------------------------
-# merge
-
-
-def merge(config: MergeConfig) -> dict[str, Any]:
-    """Writes the base of an adapter (or of an SFT or policy run) with the adapter added to it."""
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} exists and is not empty; give another folder")
-    if not Path(config.model).is_dir():
-        raise UsageError(f"--model {config.model} is no folder; give an adapter or run folder")
-    if not (role_folder(config.model, "policy") / "adapter_config.json").is_file():
-        raise UsageError(f"--model {config.model} holds no adapter, so there is nothing to merge")
-    backbone = open_backbone(config)
-    backbone.model.save_pretrained(out)
-    backbone.tokenizer.save_pretrained(out)
-    return {"model": str(out), "dtype": config.dtype}
-
-
 # ---------------------------------------------------------------------------------------------
 # data
 
@@ -210,7 +199,7 @@ def describe(config: DataConfig) -> None:
     if config.path == "cafe":
         _write_cafe(config)
         return
-    out = _new_file(config.out) if config.out else None
+    out = new_file(config.out) if config.out else None
     rows = read_rows(config.path, config.format)
     kind = row_kind(rows)
     columns = columns_of(rows, kind)
@@ -238,7 +227,7 @@ def describe(config: DataConfig) -> None:
     for row in rows[: config.rows]:
         print(json.dumps({column: row[column] for column in columns}, ensure_ascii=False))
     if out:
-        _write_rows(out, rows)
+        write_rows(out, rows)
 
 
 def _ruler(model: str | None) -> tuple[str, Any]:
@@ -255,9 +244,7 @@ def _ruler(model: str | None) -> tuple[str, Any]:
 
 
 def _write_cafe(config: DataConfig) -> None:
-    folder = Path(config.out) if config.out is not None else None
-    if folder is not None and folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"--out {folder} exists and is not empty; give another folder")
+    folder = empty_folder(config.out) if config.out is not None else None
     world = cafe.build_world(config.seed)
     tables = {field.name: getattr(world, field.name) for field in dataclasses.fields(world)}
     if folder is None:
@@ -270,19 +257,6 @@ def _write_cafe(config: DataConfig) -> None:
     for name, rows in tables.items():
         print(f"{folder / name}.jsonl: {len(rows)} {row_kind(rows)} rows")
     print(f"{folder / 'init'}: a small Llama with random weights, and its tokenizer")
-
-
-def _new_file(path: str | Path) -> Path:
-    path = Path(path)
-    if path.exists():
-        raise UsageError(f"--out {path} exists; give a name that does not")
-    return path
-
-
-def _write_rows(path: Path, rows: Sequence[dict]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------

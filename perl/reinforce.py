@@ -5,7 +5,7 @@
     r_t  = (1 − β) r at the last token  −  β (log π − log π_anchor)_t      token_rewards
     Z_t  = Σ_{s ≥ t} r_s                γ = 1                              returns
     A_t  = stopgrad(Z_t − V_ψ(s_t))                                        advantages
-    loss = −Σ_t A_t log π(a_t|s_t)      pk.policy_loss
+    loss = −Σ_t A_t log π(a_t|s_t)      pk.policy_loss; A_t times a weight  importance_weights
     loss = Σ_t (Z_t − V_ψ(s_t))²                                           value_loss
 
 `mask` (B, T) is True at answer tokens, the end-of-sequence token included; what stands elsewhere
@@ -68,6 +68,29 @@ def advantages(
     mean = masked_mean(advantage, mask)
     scale = masked_mean((advantage - mean).square(), mask) ** 0.5 + 1e-8
     return ((advantage - mean) / scale).masked_fill(~mask.bool(), 0.0)
+
+
+def importance_weights(
+    log_prob: Tensor,  # (B, T) of the policy that learns
+    sampled_log_prob: Tensor,  # (B, T) what sampling computed
+    mask: Tensor,
+    cap: float,
+) -> Tensor:  # (B, T), no gradient
+    """min(π / π_sampled, cap) at each token: importance sampling with truncated weights.
+
+    Sampling and learning round differently, so tokens come from a policy that is not quite π. The
+    weight takes the bias out of the gradient, and the cap its variance, where the two are far
+    apart (Ionides, "Truncated Importance Sampling", 2008; TRL's vllm_importance_sampling_cap).
+    """
+    log_ratio = (log_prob - sampled_log_prob).detach().masked_fill(~mask.bool(), 0.0)
+    return log_ratio.exp().clamp(max=cap).masked_fill(~mask.bool(), 0.0)
+
+
+def mismatch(log_prob: Tensor, sampled_log_prob: Tensor, mask: Tensor) -> dict[str, float]:
+    """Mean and largest |Δ log π| between learning and sampling over the answers' tokens."""
+    gap = (log_prob - sampled_log_prob).abs().masked_fill(~mask.bool(), 0.0)
+    largest = max(distributed.each(gap.max().item()))
+    return {"mean_abs_dlogp": masked_mean(gap, mask), "max_abs_dlogp": largest}
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

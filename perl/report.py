@@ -346,6 +346,11 @@ _GAP = _Curve(
 _ENTROPY = _Curve("Entropy", "nats per token", {"entropy": "training"})
 _CURVES = (
     _REWARD,
+    _Curve(
+        "Spread of the reward",
+        "score",
+        {"reward_std": "between answers", "disagreement": "between reward models"},
+    ),
     _KL,
     _LOSS,
     _Curve("Perplexity", "", {"validation_perplexity": "held out"}),
@@ -370,7 +375,11 @@ _CURVES = (
     _Curve("Padding", "share of the tokens computed", {"padding": "training"}),
     _Curve("Throughput", "tokens / s", {"tokens_per_s": "training"}),
     _Curve("Peak memory", "MB", {"peak_memory_bytes": "so far"}, 1e-6),
-    _Curve("Log-probability, sampled against learned", "nats", {"max_abs_dlogp": "largest gap"}),
+    _Curve(
+        "Log-probability, sampled against learned",
+        "nats",
+        {"max_abs_dlogp": "largest gap", "mean_abs_dlogp": "mean gap"},
+    ),
 )
 _COUNTS = {"step", "tokens", "learned_tokens"}  # the size of a batch is no figure of the training
 
@@ -614,7 +623,9 @@ def _draw(drawing: Drawing, figure: Any) -> None:
     }[type(drawing)]
     labels = draw(drawing, axes)
     if labels > 1:
-        figure.legend(loc="outside lower center", ncols=min(labels, 4), handlelength=1.2)
+        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+        columns = min(labels, 4, max(1, 48 // (longest + 4)))  # as many as are no wider than axes
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=1.2)
 
 
 def _draw_lines(panel: Panel, axes: Any) -> int:

@@ -1,25 +1,39 @@
-"""Sampling from a role of the backbone, token by token, over a KV cache.
+"""Sampling from a role of the backbone: continuous batching over a static KV cache.
 
-    prompts, left padded ─► prefill ─► T × [hidden · head / temperature ─► top-k, top-p ─► draw]
+    prompts ─► prefill ─► rows of a batch ─► hidden · head / temperature ─► log-softmax
+                  ▲             ▲                                              │
+            free rows           └─── one token each ◄── draw ◄── top-k, top-p ◄┘
+                  └──────────── an answer ended
 
-Only the newest token's row of logits is ever made, (B, V). Positions and masks come from the real
-tokens alone, so a prompt's answer does not depend on its neighbours' lengths (up to rounding).
-Left out: dropping finished rows and feeding new prompts (rows that ended ride along as padding
-until the longest answer ends), CUDA graphs, speculative drafts.
+Only the newest token's row of logits is ever made, (B, V), in float32. A row whose answer ended is
+dropped, and once a quarter of the rows is free the next prompts take their places, the longest
+first, so that prompts of like length are prefilled together.
+
+What an answer is does not depend on its neighbours (up to rounding) nor on when its turn came:
+positions and masks come from its own tokens, and each of its tokens is decided by one number drawn
+beforehand, at its place in the order of the prompts.
+
+On a GPU a step of all rows is captured in a CUDA graph and replayed.
+Models that remember more than keys and values (states of linear attention) are sampled in groups,
+over the cache that transformers makes for them. Left out: speculative drafts, shared prefixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from perl.backbone import Backbone, Head
 from perl.data import pad
+from perl.kv_cache import GroupCache, SlotCache
+
+REFILL = 0.75  # new prompts come in when no more than this share of the rows is taken
+SPARE = 64  # columns of the cache beyond the longest answer: steps between two shifts
 
 
 class Rollout(NamedTuple):
@@ -34,9 +48,12 @@ class Rollout(NamedTuple):
 
     def texts(self, tokenizer) -> list[str]:
         """The answers as text, without special tokens."""
-        rows = zip(self.completion_ids.tolist(), self.completion_mask.tolist(), strict=True)
-        ids = [[t for t, real in zip(*row, strict=True) if real] for row in rows]
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return tokenizer.batch_decode(self.answers(), skip_special_tokens=True)
+
+    def answers(self) -> list[list[int]]:
+        """The answers' tokens, the end-of-sequence token included."""
+        rows = zip(self.completion_ids.tolist(), self.completion_mask.sum(1).tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
 
 
 @torch.no_grad()
@@ -49,15 +66,19 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    batch_size: int = 0,
     generator: torch.Generator | None = None,
     draws: Tensor | None = None,  # (B, max_new_tokens) float64 in [0, 1)
+    ended: Callable[[int], object] | None = None,
 ) -> Rollout:
     """Answers of at most `max_new_tokens` tokens under a role (None: the reference).
 
     temperature: divides the logits; 0 takes the likeliest token. top_k, top_p: draw among the k
     likeliest tokens, and among the likeliest that together hold the mass p; 0 and 1.0 are off.
+    batch_size: rows at once, whatever the number of prompts; 0 = all. Memory goes with it.
     generator: on the backbone's device; its state alone decides the draws. draws: in its place,
     where a process answers some rows of what several together draw with `draw`.
+    ended: told of how many more answers have ended, as a progress bar's `update` is.
 
     `log_prob` is log π(token) of the policy that learns: with temperature applied, before top-k and
     top-p cut its tail, as `pk.policy_loss` computes it again. At temperature 0 it is that of
@@ -66,38 +87,29 @@ def generate(
     Raises ValueError for an empty prompt, a range that is off, or prompts longer than the model's
     context less `max_new_tokens`.
     """
-    _check(backbone, prompts, max_new_tokens, temperature, top_k, top_p)
-    device, tokenizer = backbone.device, backbone.tokenizer
+    _check(backbone, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, draws)
     if draws is None:
-        draws = draw(len(prompts), max_new_tokens, device, generator)
-    input_ids, mask = (t.to(device) for t in pad(prompts, tokenizer.pad_token_id, left=True))
-    head, cache = backbone.head(role), DynamicCache(config=backbone.config)
-    tokens, log_probs, counted = [], [], []
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    new = input_ids
-    while True:
-        hidden = backbone.hidden(role, new, mask, cache=cache)[:, -1]
-        logits = _logits(hidden, head) / (temperature or 1.0)
-        token = _draw(logits, temperature == 0, top_k, top_p, draws[:, len(tokens)])
-        token = token.masked_fill(~going, tokenizer.pad_token_id)
-        log_prob = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
-        tokens.append(token)
-        log_probs.append(log_prob.masked_fill(~going, 0.0))
-        counted.append(going)
-        going = going & (token != tokenizer.eos_token_id)
-        if len(tokens) == max_new_tokens or not backbone.any_process(going.any()):
-            break
-        new, mask = token[:, None], torch.cat([mask, counted[-1][:, None].long()], dim=1)
-    completion_ids, completion_mask = torch.stack(tokens, 1), torch.stack(counted, 1)
-    prompt_len = input_ids.shape[1]
-    return Rollout(
-        sequences=torch.cat([input_ids, completion_ids], dim=1),
-        attention_mask=torch.cat([mask[:, :prompt_len], completion_mask.long()], dim=1),
-        prompt_len=prompt_len,
-        completion_ids=completion_ids,
-        completion_mask=completion_mask,
-        log_prob=torch.stack(log_probs, 1),
-    )
+        draws = draw(len(prompts), max_new_tokens, backbone.device, generator)
+    head = backbone.head(role)
+
+    def choose(hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return _choose(_logits(hidden, head), numbers, temperature, top_k, top_p)
+
+    batch = _Batch(backbone, role, prompts, max_new_tokens, batch_size, draws, choose)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    going = len(prompts)
+    while backbone.any_process(waiting or batch.taken):
+        if waiting and batch.taken <= batch.refill_at:
+            free = batch.rows - batch.taken
+            batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+        elif batch.taken:
+            batch.advance()
+        else:
+            batch.idle()
+        if ended and len(waiting) + batch.taken < going:
+            ended(going - len(waiting) - batch.taken)
+        going = len(waiting) + batch.taken
+    return batch.rollout()
 
 
 def draw(
@@ -107,25 +119,235 @@ def draw(
     return torch.rand(rows, tokens, dtype=torch.float64, device=device, generator=generator)
 
 
+class _Batch:
+    """Rows 0 .. taken answer a prompt each, in columns first .. end of the cache; others are free.
+
+    The state of rows lies in tensors that stay where they are, so that a step can be a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        role: str | None,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch_size: int,
+        draws: Tensor,
+        choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.backbone, self.role, self.prompts, self.choose = backbone, role, prompts, choose
+        self.max_new_tokens, self.device, total = max_new_tokens, backbone.device, len(prompts)
+        self.pad_id = backbone.tokenizer.pad_token_id
+        self.rows = min(batch_size or total, total)
+        self.columns = max(map(len, prompts)) + max_new_tokens
+        if self.rows < total:
+            self.columns += min(max_new_tokens, SPARE)
+        self.taken = self.first = self.end = 0
+        self.continuous = SlotCache.holds(backbone.config)
+        self.refill_at = int(REFILL * self.rows) if self.continuous else 0
+        self.graph = _Graph() if self.continuous and _in_graphs(backbone) else None
+        if self.continuous:
+            static = self.graph is not None
+            self.cache = SlotCache(backbone.config, self.rows, self.columns, static)
+
+        def integers(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, device=self.device)
+
+        self.prompt = integers(self.rows)  # its number; a free row's is `total`, which is nobody's
+        self.start = integers(self.rows)  # the first column of its prompt
+        self.count = integers(self.rows)  # tokens of its answer
+        self.token = integers(self.rows)  # the last of them
+        self.mask = integers(self.rows, self.columns)
+        self.column = integers(1)  # `end`, where a graph reads it
+        # by prompt, and last what free rows of a graph read and write
+        self.draws = F.pad(draws, (0, 0, 0, 1))
+        self.tokens = integers(total + 1, max_new_tokens, value=self.pad_id)
+        self.log_prob = torch.zeros(total + 1, max_new_tokens, device=self.device)
+        self.length = integers(total + 1)
+        self._free()
+
+    def admit(self, group: list[int]) -> None:
+        """Prefills free rows with these prompts, the longest first; each gets a first token."""
+        ids, mask = pad([self.prompts[i] for i in group], self.pad_id, left=True)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        if self.taken == 0:
+            self.first, self.end = 0, ids.shape[1]
+            if not self.continuous:
+                self.cache = GroupCache(config=self.backbone.config)
+        rows = slice(self.taken, self.taken + len(group))
+        columns = slice(self.end - ids.shape[1], self.end)
+        self.prompt[rows] = torch.tensor(group, device=self.device)
+        self.start[rows] = self.end - mask.sum(1)
+        self.count[rows] = 0
+        self.mask[rows] = 0
+        self.mask[rows, columns] = mask
+        self.taken, self.first = rows.stop, min(self.first, columns.start)
+        self.shortest = len(self.prompts[group[-1]])  # no prompt still to come is longer
+        self.cache.see(rows, columns, columns, 0)
+        self._predict(rows, ids, mask)
+        self._drop()
+
+    def advance(self) -> None:
+        """The next token of every row."""
+        if self.end == self.columns:
+            self._shift()
+        if self.graph is not None:
+            self.column.fill_(self.end)
+            self.graph(self._advance_all)
+        else:
+            rows, seen = slice(0, self.taken), slice(self.first, self.end + 1)
+            self.mask[rows, self.end] = 1
+            self.cache.see(rows, seen, slice(self.end, self.end + 1), self.end - self.first)
+            self._predict(rows, self.token[rows, None], self.mask[rows, seen])
+        self.end += 1
+        self._drop()
+
+    def idle(self) -> None:
+        """A pass for nothing: blocks that are spread over processes want all of them at it."""
+        ids = torch.full((1, 1), self.pad_id, device=self.device)
+        self.backbone.hidden(self.role, ids, torch.ones_like(ids))
+
+    def _advance_all(self) -> None:
+        """The same with free rows and all columns: what differs from step to step is in tensors."""
+        rows, columns = slice(0, self.rows), slice(0, self.columns)
+        self.mask.index_copy_(1, self.column, (self.prompt < len(self.prompts)).long()[:, None])
+        self.cache.see(rows, columns, self.column, self.column)
+        self._predict(rows, self.token[:, None], self.mask)
+
+    def _predict(self, rows: slice, ids: Tensor, mask: Tensor) -> None:
+        """One pass, and a token more for each of the rows."""
+        hidden = self.backbone.hidden(self.role, ids, mask, cache=self.cache)[:, -1]
+        prompt, count = self.prompt[rows], self.count[rows]
+        token, log_prob = self.choose(hidden, self.draws[prompt, count])
+        self.token[rows] = token
+        self.tokens[prompt, count] = token
+        self.log_prob[prompt, count] = log_prob
+        self.count[rows] += prompt < len(self.prompts)
+
+    def _drop(self) -> None:
+        """Frees the rows whose answer ended; the last ones move into their places."""
+        taken = slice(0, self.taken)
+        token, count = self.token[taken], self.count[taken]
+        ended = (token == self.backbone.tokenizer.eos_token_id) | (count == self.max_new_tokens)
+        if not ended.any():
+            return
+        self.length[self.prompt[taken][ended]] = count[ended]
+        kept = self.taken - int(ended.sum())
+        order = torch.arange(kept, device=self.device)
+        order[ended[:kept]] = kept + (~ended[kept:]).nonzero()[:, 0]
+        self.cache.reorder(order, slice(self.first, self.end))
+        for state in (self.prompt, self.start, self.count, self.token, self.mask):
+            state[:kept] = state[order]
+        self.taken = kept
+        self._free()
+        if kept and self.continuous:
+            self.first = int(self.start[:kept].min())
+
+    def _free(self) -> None:
+        """Rows without a prompt: they run in a graph, and see column 0, as none may see nothing."""
+        self.prompt[self.taken :], self.count[self.taken :] = len(self.prompts), 0
+        self.mask[self.taken :] = 0
+        self.mask[self.taken :, 0] = 1
+
+    def _shift(self) -> None:
+        """Makes free columns on the right, and leaves room for prompts on the left."""
+        by = min(self.first, self.end - self.shortest)
+        self.cache.shift(self.taken, slice(self.first, self.end), by)
+        self.mask.copy_(self.mask.roll(-by, 1))  # what comes round was before every start: zeros
+        self._free()
+        self.start -= by
+        self.first, self.end = self.first - by, self.end - by
+
+    def rollout(self) -> Rollout:
+        """The answers, in the order of the prompts."""
+        total = len(self.prompts)
+        ids, mask = pad(self.prompts, self.pad_id, left=True)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        length = self.length[:total]
+        longest = int(length.max())
+        completion_ids = self.tokens[:total, :longest]
+        completion_mask = torch.arange(longest, device=self.device) < length[:, None]
+        return Rollout(
+            sequences=torch.cat([ids, completion_ids], dim=1),
+            attention_mask=torch.cat([mask, completion_mask.long()], dim=1),
+            prompt_len=ids.shape[1],
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            log_prob=self.log_prob[:total, :longest],
+        )
+
+
+class _Graph:
+    """A step that is run the first time, captured the second, and replayed from then on.
+
+    A model that cannot be captured (it waits for the device, as experts chosen by number do) is
+    run every time.
+    """
+
+    def __init__(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.runs, self.captures = 0, True
+
+    def __call__(self, step: Callable[[], None]) -> None:
+        self.runs += 1
+        if self.runs == 1:  # libraries choose kernels and make their workspaces
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if self.runs == 2:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    step()
+                self.graph = graph
+            except RuntimeError:
+                torch.cuda.synchronize()
+        if self.graph is None:
+            step()
+        else:
+            self.graph.replay()
+
+
+def _in_graphs(backbone: Backbone) -> bool:
+    return backbone.device.type == "cuda" and not backbone.sharded
+
+
 def _logits(hidden: Tensor, head: Head) -> Tensor:  # (B, H) -> (B, V) float32
-    logits = F.linear(hidden, head.weight, head.bias).float()
+    """Never rounded to 16 bits: the learner's log p is not either."""
+    weight, wide = head.weight, torch.float32
+    if weight.dtype == wide:
+        logits = F.linear(hidden, weight)
+    elif weight.is_cuda:
+        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
+    else:
+        logits = torch.cat([F.linear(hidden.to(wide), w.to(wide)) for w in weight.split(1024)], -1)
+    if head.bias is not None:
+        logits += head.bias
     if head.a is not None:
-        logits += head.scale * F.linear(F.linear(hidden.float(), head.a.float()), head.b.float())
+        logits += head.scale * F.linear(F.linear(hidden.to(wide), head.a.to(wide)), head.b.to(wide))
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _draw(
+def _choose(
     logits: Tensor,  # (B, V)
-    greedy: bool,
+    draws: Tensor,  # (B,)
+    temperature: float,
     top_k: int,
     top_p: float,
-    draws: Tensor,  # (B,) float64 in [0, 1)
-) -> Tensor:  # (B,)
-    """The token at which the probabilities of it and those before it first exceed the draw."""
-    if greedy:
-        return logits.argmax(-1)
-    mass = truncate(logits.softmax(-1), top_k, top_p).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True).squeeze(-1)
+) -> tuple[Tensor, Tensor]:  # (B,) tokens and their log π
+    log_prob = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        # The token at which the mass passes a share `draws` of the whole: float64, since a sum of
+        # 1e5 float32 terms loses the rare ones.
+        mass = truncate(log_prob.exp(), top_k, top_p).cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True).squeeze(-1)
+        token = token.clamp_(max=logits.shape[-1] - 1)  # NaN, which the trainer will name
+    return token, log_prob.gather(-1, token[:, None]).squeeze(-1)
 
 
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -134,11 +356,10 @@ def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     probs (..., V); the tokens cut get 0 and the rest keep their value (not renormalised). The
     likeliest token always stays; tokens as likely as the last one kept stay too.
     """
-    if not (0 < top_k < probs.shape[-1] or top_p < 1.0):
+    kept = min(top_k or probs.shape[-1], probs.shape[-1])
+    if kept == probs.shape[-1] and top_p == 1.0:
         return probs
-    ranked = probs.sort(dim=-1, descending=True).values
-    kept = ranked.shape[-1] if top_k == 0 else min(top_k, ranked.shape[-1])
-    ranked = ranked[..., :kept]
+    ranked = probs.topk(kept).values
     mass_before = ranked.cumsum(-1) - ranked
     last = (mass_before < top_p * ranked.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
     return probs.masked_fill(probs < ranked.gather(-1, last.clamp_(min=0)), 0.0)
@@ -151,6 +372,8 @@ def _check(
     temperature: float,
     top_k: int,
     top_p: float,
+    batch_size: int,
+    draws: Tensor | None,
 ) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts is empty or holds an empty prompt; want token ids in each")
@@ -160,6 +383,13 @@ def _check(
         raise ValueError(f"temperature is {temperature}; want 0 (greedy) or more")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"top_k is {top_k} and top_p {top_p}; want top_k >= 0 and 0 < top_p <= 1")
+    if batch_size < 0:
+        raise ValueError(f"batch_size is {batch_size}; want rows at once, or 0 for all prompts")
+    if draws is not None and (draws.shape != (len(prompts), max_new_tokens)):
+        raise ValueError(
+            f"draws is {tuple(draws.shape)}; want a number for each token, "
+            f"({len(prompts)}, {max_new_tokens})"
+        )
     longest = max(len(prompt) for prompt in prompts)
     context = getattr(backbone.config, "max_position_embeddings", None)
     if context is not None and longest + max_new_tokens > context:

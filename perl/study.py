@@ -8,8 +8,8 @@ Tables 1 and 2 of arXiv 2403.10704, for reward models, on rows and machines of o
     bases     Llamas of three sizes for the embedded world and for real rows, tuned by SFT in full
     sweeps    the learning rates of LoRA and of full tuning, each at one size of each task
     cells     task x size x (rank or full) x seed: accuracy or AUC on the held-out rows
-    cost      task x size x (rank or full), one run at a time: step time and peak memory; the same
-              of random Llamas too large to train here
+    cost      task x (size at rank 16 and full; every rank at one size), one run at a time: step
+              time and peak memory; the same at every rank of random Llamas too large to train here
 
 Each is a `perl` command in a process of its own. FOLDER/study.json is written anew after every one
 and is all that is told from; a model is thrown away once its figures are there. The checkpoint and
@@ -113,7 +113,7 @@ CAFE = Family(
         dict(data="cafe/sft.jsonl", steps=120, batch_size=16, lr=1e-3),
     ),
 )
-CUT = dict(max_tokens=160, truncate_prompts=True, drop_long=True)
+CUT = dict(max_tokens=256, truncate_prompts=True, drop_long=True)
 COFFEE = Family(
     "coffee",
     ("2 layers", "3 layers", "5 layers"),  # of stories260k, which has 5
@@ -130,26 +130,26 @@ CAFE_PAIRS = Task(
     "cafe/pairs.jsonl", "cafe/heldout_pairs.jsonl", "accuracy", 0.95,
     dict(steps=800, batch_size=32, validate_every=100, lr_schedule="cosine"),
     {"lora": "1e-3,2e-3,4e-3", "full": "5e-4,1e-3,2e-3"},
-    3, (12.0, 20.0, 50.0),
+    3, (18.0, 27.0, 42.0),
 )  # fmt: skip
 COFFEE_PAIRS = Task(
     "coffee-pairs", "Coffee dialogs, true or shuffled answer", COFFEE,
     "data/derived_pairwise/coffee_true_vs_shuffled.train.jsonl",
     "data/derived_pairwise/coffee_true_vs_shuffled.validation.jsonl", "accuracy", 0.88,
-    dict(steps=160, batch_size=16, validate_every=40, lr_schedule="cosine", **CUT),
-    {"lora": "1e-3,2e-3,4e-3", "full": "5e-4,1e-3,2e-3"},
-    2, (35.0, 50.0, 80.0),
+    dict(steps=120, batch_size=16, validate_every=40, lr_schedule="cosine", **CUT),
+    {"lora": "1e-3,2e-3", "full": "5e-4,1e-3"},
+    2, (45.0, 60.0, 90.0),
 )  # fmt: skip
 COFFEE_THUMBS = Task(
     "coffee-thumbs", "Taskmaster Coffee, thumbs up or down", COFFEE,
     "data/pointwise/taskmaster_coffee.train.jsonl",
     "data/pointwise/taskmaster_coffee.validation.jsonl", "auc", 0.72,
     dict(
-        steps=100, batch_size=32, validate_every=25, lr_schedule="cosine", balance_labels=True,
+        steps=75, batch_size=32, validate_every=25, lr_schedule="cosine", balance_labels=True,
         **CUT,
     ),
-    {"lora": "5e-4,1e-3,2e-3", "full": "2e-4,5e-4,1e-3"},
-    2, (30.0, 40.0, 60.0),
+    {"lora": "1e-3,2e-3", "full": "2e-4,5e-4"},
+    2, (30.0, 45.0, 65.0),
 )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _quick(task: Task) -> Task:
         task,
         family=replace(task.family, sizes=task.family.sizes[-2:], warm_up=warm_up),
         recipe=task.recipe | few,
-        sweep=dict.fromkeys(task.sweep, "1e-3,2e-3"),
+        sweep=dict.fromkeys(task.sweep, "1e-3"),
         seeds=1,
     )
 
@@ -346,6 +346,8 @@ class Study:
         for task in self.preset.tasks:
             for size in task.family.sizes:
                 for arm in self.preset.arms:
+                    if size != task.family.chosen and arm not in self.preset.swept_arms.values():
+                        continue
                     flags = self.flags(task, size, arm) | {"steps": self.preset.cost_steps}
                     del flags["validation"]
                     yield Job(_folder("cost", task.name, size, arm), "reward", flags, 8.0)

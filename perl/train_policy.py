@@ -12,8 +12,11 @@ Choices that the paper leaves open, each with its reason:
   unbiased for the sequence KL, future tokens included. `--kl-in loss` puts β times the exact KL
   over the vocabulary into the loss: less noise, but blind to how a token changes the states that
   follow. Both are the KL of the policies that are sampled, temperature included.
-- log π in that reward is what sampling computed: the learning pass would give the same number, and
-  how far the two differ is logged (`max_abs_dlogp`).
+- log π in that reward is what sampling computed: the learning pass would give the same number up to
+  rounding, and how far the two differ is logged (`mean_abs_dlogp`, `max_abs_dlogp`). Where that is
+  more than rounding (low precision, LoRA dropout) `--importance-cap` weighs each token by the ratio
+  of the two, truncated. It is off by default: it costs another pass over the head for a ratio that
+  is 1 here up to 1e-5.
 - Losses are means over the answer tokens of the batch, so a step does not grow with the answers.
 - alpha / R is 2 at the default rank, and the learning rate 10 × that of full tuning (1e-4, 1e-5).
 - Advantages are not whitened by default: the baseline centres them, and the clipped AdamW step
@@ -40,7 +43,7 @@ from torch import Tensor, nn
 
 import perl_kernels as pk
 from perl import distributed, reinforce
-from perl.backbone import Backbone
+from perl.backbone import Backbone, Head
 from perl.config import ReinforceConfig
 from perl.data import (
     Batches,
@@ -51,6 +54,7 @@ from perl.data import (
     read_rows,
     want_kind,
 )
+from perl.ensemble import Rewards, combine, joined, load_reward_models
 from perl.memory import PeakMemory
 from perl.reward import load_reward_function
 from perl.rollout import Rollout, draw, generate
@@ -82,8 +86,8 @@ class Prompt:
         return len(self.ids)
 
 
-# (answers, their prompts) -> (B,) float32 on the CPU or the backbone's device
-Scorer = Callable[[Rollout, list[Prompt]], Tensor]
+# (answers, their prompts) -> (B,) float32 on the backbone's device
+Scorer = Callable[[Rollout, list[Prompt]], Rewards]
 
 
 def train(config: ReinforceConfig) -> dict[str, Any]:
@@ -121,11 +125,11 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
             with clock.phase("rollout"):
                 rollout = sample(config, backbone, batch, derived_seed(config.seed, step))
             with clock.phase("score"):
-                scores = score(rollout, distributed.share(batch))
+                rewards = score(rollout, distributed.share(batch))
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
                     kl = sampled_kl(config, backbone, rollout)
-                returns = reward_returns(config, scores, kl, rollout)
+                returns = reward_returns(config, rewards.reward, kl, rollout)
             with clock.phase("learn"):
                 facts = learn(config, backbone, rollout, returns)
                 norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
@@ -134,7 +138,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                     optimizer.step(step)
 
             metrics = {
-                "reward": distributed.mean(scores.mean().item()),
+                **whole_batch(rewards, len(batch)).figures(),
                 "kl": distributed.mean(kl.sum(1).mean().item()),  # nats per answer, sampled
                 **facts,  # with the exact "kl" where it is in the loss
                 **norms,
@@ -209,23 +213,34 @@ def sample(
 
 
 def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
-    """The reward model's score of prompt and answer, or what the user's function says of them."""
+    """Reward models' scores of prompt and answer as one, or what the user's function says."""
     if config.reward_function is not None:
         function = load_reward_function(config.reward_function)
-        return lambda rollout, prompts: torch.tensor(
+        return lambda rollout, prompts: Rewards(torch.tensor(
             function([p.text for p in prompts], rollout.texts(backbone.tokenizer)),
             device=backbone.device,
-        )
-    backbone.load_role("reward", config.reward_model, scalar=True)
+        ))  # fmt: skip
+    roles = load_reward_models(backbone, config.reward_model)
 
     @torch.no_grad()
-    def score(rollout: Rollout, prompts: list[Prompt]) -> Tensor:
-        return torch.cat([
-            backbone.score("reward", rollout.sequences[rows], rollout.attention_mask[rows])
+    def score(rollout: Rollout, prompts: list[Prompt]) -> Rewards:
+        scores = [
+            backbone.score(role, rollout.sequences[rows], rollout.attention_mask[rows])
+            for role in roles
             for rows in micro_batches(config.micro_batch_size, len(prompts))
-        ])  # fmt: skip
+        ]
+        return combine(torch.cat(scores).view(len(roles), -1), config.ensemble)
 
     return score
+
+
+def whole_batch(rewards: Rewards, count: int) -> Rewards:
+    """The rewards of all `count` answers of a batch, from those of each process's share."""
+    columns = (
+        None if column is None else torch.tensor(distributed.gathered(column.tolist(), count))
+        for column in rewards
+    )
+    return Rewards(*columns)
 
 
 @torch.no_grad()
@@ -296,11 +311,14 @@ def learn(
     for rows in rows_of:
         with torch.no_grad():
             ref_hidden = answer_states(backbone, None, rollout, rows) if in_loss else None
+        hidden, weighed = answer_states(backbone, "policy", rollout, rows), advantage[rows]
+        if config.importance_cap is not None:
+            weighed = weighed * importance_weights(config, head, hidden.detach(), rollout, rows)
         out = pk.policy_loss(
-            answer_states(backbone, "policy", rollout, rows),
+            hidden,
             head.weight,
             ids[rows],
-            advantage[rows],
+            weighed,
             ref_hidden=ref_hidden,
             kl_coef=config.beta if in_loss else 0.0,
             mask=mask[rows],
@@ -314,14 +332,30 @@ def learn(
         entropy.append(out.entropy)
         if in_loss:
             kl.append(out.kl.sum(1))
-    dlogp = (torch.cat(log_prob) - rollout.log_prob).abs()
     if in_loss:
         facts["kl"] = distributed.mean(torch.cat(kl).mean().item())
     return facts | {
         "loss": distributed.total(total),
         "entropy": reinforce.masked_mean(torch.cat(entropy), mask),
-        "max_abs_dlogp": max(distributed.each(dlogp.masked_fill(~mask, 0.0).max().item())),
+        **reinforce.mismatch(torch.cat(log_prob), rollout.log_prob, mask),
     }
+
+
+@torch.no_grad()
+def importance_weights(
+    config: ReinforceConfig,
+    head: Head,
+    hidden: Tensor,  # (rows, T, H)
+    rollout: Rollout,
+    rows: slice,
+) -> Tensor:  # (rows, T)
+    """The answers' tokens weighed by how likely the policy that learns finds them."""
+    ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
+    log_prob = pk.linear_log_prob(
+        hidden, head.weight, ids, temperature=config.temperature, **head.options
+    )
+    cap = config.importance_cap
+    return reinforce.importance_weights(log_prob, rollout.log_prob[rows], mask, cap)
 
 
 def answer_states(
@@ -343,16 +377,15 @@ def evaluate(
     config: ReinforceConfig, backbone: Backbone, prompts: list[Prompt], score: Scorer
 ) -> dict[str, float]:
     """Mean reward and KL of answers to held-out prompts, drawn with the same seed every time."""
-    found = []
+    rewards, kl = [], []
     for start in range(0, len(prompts), config.prompts_per_step):
         batch = prompts[start : start + config.prompts_per_step]
         rollout = sample(config, backbone, batch, derived_seed(config.seed, 0, start))
-        scores = score(rollout, distributed.share(batch))
-        kl = sampled_kl(config, backbone, rollout).sum(1)
-        mine = list(zip(scores.tolist(), kl.tolist(), strict=True))
-        found += distributed.gathered(mine, len(batch))
-    reward, kl = (sum(values) / len(prompts) for values in zip(*found, strict=True))
-    return {"validation_reward": reward, "validation_kl": kl}
+        rewards.append(whole_batch(score(rollout, distributed.share(batch)), len(batch)))
+        of_answers = sampled_kl(config, backbone, rollout).sum(1).tolist()
+        kl += distributed.gathered(of_answers, len(batch))
+    figures = joined(rewards).figures() | {"kl": sum(kl) / len(kl)}
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def write_samples(
@@ -366,7 +399,7 @@ def write_samples(
     """The same prompts with the same draws at every step, so that answers can be compared."""
     batch = prompts[:SAMPLES]
     rollout = sample(config, backbone, batch, derived_seed(config.seed, 0))
-    rewards = score(rollout, distributed.share(batch)).tolist()
+    rewards = score(rollout, distributed.share(batch)).reward.tolist()
     mine = list(zip(rollout.texts(backbone.tokenizer), rewards, strict=True))
     answers = distributed.gathered(mine, len(batch))
     for prompt, (answer, reward) in zip(batch, answers, strict=True):

@@ -8,15 +8,17 @@ Both answers of a pair go through the model in one pass. Validation measures whe
 are told apart, by how much, and whether σ is the probability that it claims to be
 (`perl.reward`); the checkpoint that is best by --best-metric becomes the result.
 
-Left out: packing several rows into one sequence. Rows of like length share a batch instead, and
-what is still padded, logged as "padding", is a few hundredths of the tokens; packed rows would
-want attention masks that the fast attention kernels do not take.
+Left out: packing several rows into one sequence. Rows of like length share a batch instead; the
+share of padding that is left, logged as "padding", is 0.02 to 0.03 for the labelled rows of
+Taskmaster Coffee and 0.12 for pairs, whose two answers differ in length. Packed rows would want a
+block-diagonal attention mask in every family of models: too much for so little.
 """
 
 from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from perl.data import (
     Pair,
     encode_labelled,
     encode_pairs,
+    file_and_weight,
     load_files,
     note_empty,
     padding,
@@ -175,6 +178,12 @@ def check_held_out(config: RewardConfig, examples: Encoded, held_out: Encoded) -
         raise UsageError(
             f"--data {' '.join(config.data)} and --validation {config.validation} hold "
             "different kinds of rows; give pairs in both, or labels in both"
+        )
+    trained_on = {Path(file_and_weight(word)[0]).resolve() for word in config.data}
+    if Path(config.validation).resolve() in trained_on:
+        raise UsageError(
+            f"--validation {config.validation} is a training file too, so nothing in it is held "
+            "out; give rows that --data has not"
         )
     pairs = isinstance(held_out[0], Pair)
     if not pairs and len({row.label > 0.5 for row in held_out}) == 1:

@@ -683,7 +683,9 @@ def test_the_published_error(offset, dtype):
     check_bound(found, logits_room.log_prob(logits, target), logits.abs().amax(1), 1.0)
 
 
-def test_the_largest_vocabulary(monkeypatch):
+@pytest.mark.parametrize("route", ["tiles", "blocks"])
+def test_the_largest_vocabulary(monkeypatch, route):
+    monkeypatch.setattr(head_op, "ROUTE", route)
     monkeypatch.setitem(_triton._INTERPRETER, "BLOCK_V", 16384)  # in fewer tiles
     tensors, target = make_head(2, 4, 262144, torch.float32, bias=False), make_target(2, 262144)
 

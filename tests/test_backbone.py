@@ -413,11 +413,13 @@ def test_tokenizers_without_an_end_or_too_many_tokens_are_refused():
         Backbone.load(model=tiny_model(vocab_size=100), tokenizer=tiny_tokenizer())
 
 
-def test_a_tokenizer_without_padding_gets_a_filler():
+@pytest.mark.parametrize("given", [None, "<eos>"])
+def test_a_tokenizer_without_padding_of_its_own_gets_a_filler(given):
     tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    backbone = Backbone.load(model=tiny_model(), tokenizer=tokenizer)
-    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
+    tokenizer.pad_token = given
+    assert Backbone.load(model=tiny_model(), tokenizer=tokenizer).tokenizer.pad_token == "<bos>"
+    tokenizer.pad_token, tokenizer.bos_token = given, None
+    assert Backbone.load(model=tiny_model(), tokenizer=tokenizer).tokenizer.pad_token == "<eos>"
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(tmp_path):

@@ -21,6 +21,7 @@ MIB = 2**20
 ROOMS = [
     "lora_linear", "lora_linear_parts", "lora_mlp", "multi_lora_linear",
     "rms_norm", "linear_log_prob", "linear_kl", "policy_loss", "log_prob",
+    "rollout",
 ]  # fmt: skip
 
 

@@ -33,6 +33,8 @@ def test_a_training_begins_goes_on_or_begins_anew(tmp_path):
     (tmp_path / "run/checkpoints/step-1").mkdir(parents=True)
     resumed = ["sft", "--out", str(tmp_path / "run"), "--resume"]
     assert commands.training("sft", out=tmp_path / "run", lr=1) == resumed
+    (tmp_path / "run/sweep.json").touch()  # a sweep wants its flags again
+    assert commands.training("sft", out=tmp_path / "run", lr=1) == [*resumed, "--lr", "1"]
 
 
 def fake(monkeypatch, script):

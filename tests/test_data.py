@@ -407,17 +407,16 @@ def test_weighted_files_are_drawn_in_their_shares_and_resume():
 
 
 @pytest.mark.parametrize(
-    "words, validation, message",
+    "words, message",
     [
-        (["a=1", "b"], None, "--data a=1 b: a weight is a share among several files"),
-        (["a=1"], None, "a weight is a share among several files"),
-        (["a=0", "b=1"], None, "--data a=0: weight '0' is no number above 0"),
-        (["a=much", "b=1"], None, "weight 'much' is no number above 0"),
-        (["a", "b"], "./b", "--validation ./b is a training file too"),
+        (["a=1", "b"], "--data a=1 b: a weight is a share among several files"),
+        (["a=1"], "a weight is a share among several files"),
+        (["a=0", "b=1"], "--data a=0: weight '0' is no number above 0"),
+        (["a=much", "b=1"], "weight 'much' is no number above 0"),
     ],
 )
-def test_files_that_do_not_go_together_are_refused(words, validation, message):
-    assert message in refusal(data.load_files, words, validation, None)
+def test_files_that_do_not_go_together_are_refused(words, message):
+    assert message in refusal(data.load_files, words, None, None)
 
 
 def test_a_file_name_may_hold_an_equals_sign(tmp_path):

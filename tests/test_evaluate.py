@@ -1,4 +1,4 @@
-"""The commands that train nothing: evaluate, generate, merge, data, bench."""
+"""Commands that train nothing: evaluate, generate, data, bench."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from _commands import refused, run
 from _tiny import perturb, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perl_kernels as pk
-from perl import cafe, cli
+from perl import cafe
 from perl.backbone import Backbone
 from perl.data import read_rows
 
@@ -38,24 +39,6 @@ def files(tmp_path_factory) -> Path:
         "def tokens(prompts, completions):\n    return [len(c) for c in completions]\n"
     )
     return folder
-
-
-def run(capsys, *argv: object) -> str:
-    assert cli.main([str(word) for word in argv]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *argv: object) -> str:
-    assert cli.main([str(word) for word in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        return model(torch.arange(3, 40)[None]).logits
 
 
 def test_evaluate_gives_the_loss_per_completion_token(files, tmp_path, capsys):
@@ -143,25 +126,6 @@ def make_run(folder: Path) -> Path:
     (folder / "run").mkdir()
     (folder / "run" / "config.toml").write_text("")
     return folder / "run"
-
-
-def test_merge_writes_a_plain_model_that_peft_agrees_with(files, tmp_path, capsys):
-    peft = pytest.importorskip("peft")
-    run(capsys, "merge", "--model", files / "adapter", "--out", tmp_path / "merged")
-    theirs = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(files / "model"), files / "adapter"
-    ).eval()
-    with torch.no_grad():
-        expected = theirs(torch.arange(3, 40)[None]).logits
-    torch.testing.assert_close(logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - logits(files / "model")).abs().max() > 0.1
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 300
-    assert "not empty" in refused(
-        capsys, "merge", "--model", files / "adapter", "--out", tmp_path / "merged"
-    )
-    assert "nothing to merge" in refused(
-        capsys, "merge", "--model", files / "model", "--out", tmp_path / "again"
-    )
 
 
 def test_data_shows_kind_counts_lengths_and_balance(tmp_path, capsys):

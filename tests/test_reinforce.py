@@ -48,6 +48,38 @@ def test_advantages_by_hand_and_whitened():
     assert same.isfinite().all() and same.abs().max() == 0  # no spread: nothing to scale
 
 
+def test_importance_weights_and_mismatch_by_hand():
+    log_prob = torch.tensor(
+        [[math.log(0.5), math.log(0.2), math.log(0.9)], [math.log(0.3), NAN, 1.0]]
+    )
+    sampled = torch.tensor(
+        [[math.log(0.25), math.log(0.4), math.log(0.1)], [math.log(0.3), 0.0, NAN]]
+    )
+    log_prob.requires_grad_()
+    weights = reinforce.importance_weights(log_prob, sampled, MASK, cap=3.0)
+    # 0.5 / 0.25, 0.2 / 0.4, 0.9 / 0.1 = 9 cut to 3; 1
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 0.5, 3.0], [1.0, 0.0, 0.0]]))
+    assert not weights.requires_grad
+    facts = reinforce.mismatch(log_prob, sampled, MASK)
+    # ln 2, ln 2, ln 9, 0
+    assert facts["max_abs_dlogp"] == pytest.approx(math.log(9.0), rel=1e-6)
+    assert facts["mean_abs_dlogp"] == pytest.approx(math.log(36.0) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("cap, biased", [(100.0, False), (1.0, True)])
+def test_importance_weights_take_the_bias_of_sampling_from_another_policy(cap, biased):
+    """One token of four: the expected gradient, drawn from a policy that is not the one learnt."""
+    logits = torch.tensor([0.3, -0.2, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
+    sampled = torch.tensor([0.9, 0.4, -0.3, 0.0], dtype=torch.float64).log_softmax(-1)
+    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    log_prob = logits.log_softmax(-1)
+    (wanted,) = torch.autograd.grad((log_prob.exp() * advantage).sum(), logits, retain_graph=True)
+    column, mask = (log_prob[:, None], sampled[:, None]), torch.ones(4, 1, dtype=torch.bool)
+    weights = reinforce.importance_weights(*column, mask, cap)[:, 0]
+    (found,) = torch.autograd.grad((sampled.exp() * weights * advantage * log_prob).sum(), logits)
+    assert torch.allclose(found, wanted, atol=1e-12) != biased
+
+
 def test_value_loss_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, NAN, 9.0]], requires_grad=True)
     returns = torch.tensor([[2.0, 2.0, 1.0], [1.0, 5.0, NAN]])

@@ -127,13 +127,13 @@ def test_figures_go_by_the_kind_of_examples():
 
 
 def test_calibration_by_hand():
-    said = torch.tensor([0.05, 0.05, 0.62, 0.68, 1.0])
-    found = torch.tensor([0.0, 1.0, 1.0, 0.25, 1.0])  # soft labels are outcomes too
+    said = torch.tensor([0.05, 0.05, 0.62, 0.68, 0.85, 0.95, 1.0])
+    found = torch.tensor([0.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0])  # soft labels are outcomes too
     got = calibration(said.double(), found.double())
-    assert got["reliability"]["said"] == pytest.approx([0.05, 0.65, 1.0])
-    assert got["reliability"]["found"] == pytest.approx([0.5, 0.625, 1.0])
-    assert got["reliability"]["count"] == [2, 2, 1]
-    assert got["ece"] == pytest.approx((2 * 0.45 + 2 * 0.025) / 5)
+    assert got["reliability"]["said"] == pytest.approx([0.05, 0.65, 0.85, 0.975])
+    assert got["reliability"]["found"] == pytest.approx([0.5, 0.625, 1.0, 1.0])
+    assert got["reliability"]["count"] == [2, 2, 1, 2]
+    assert got["ece"] == pytest.approx((2 * 0.45 + 2 * 0.025 + 0.15 + 2 * 0.025) / 7)
 
 
 def test_histograms_share_their_edges():

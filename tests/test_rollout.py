@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _tiny import FAMILIES, perturb, tiny_model, tiny_tokenizer
+import transformers
+from _architectures import build
+from _compare import check_law
+from _tiny import FAMILIES, SHAPE, perturb, tiny_model, tiny_tokenizer
 
 import perl_kernels as pk
-from perl.backbone import Backbone
+from perl import kv_cache, rollout
+from perl.backbone import Backbone, Head
 from perl.data import pad
-from perl.rollout import generate, truncate
+from perl.rollout import draw, generate, truncate
 
 PROMPTS = [[1, 7, 9, 30, 55, 3, 12, 13, 90, 4, 77], [1, 200], [1, 8, 17, 260]]
 
@@ -40,19 +44,19 @@ def transformers_greedy(backbone: Backbone, prompts, max_new_tokens: int) -> tor
 @pytest.mark.parametrize("family", FAMILIES)  # gemma2: softcap, and a window of 8 that is passed
 def test_greedy_is_transformers_generate(family):
     backbone = make(family)
-    rollout = generate(backbone, None, PROMPTS, max_new_tokens=20, temperature=0)
+    found = generate(backbone, None, PROMPTS, max_new_tokens=20, temperature=0)
     wanted = transformers_greedy(backbone, PROMPTS, 20)
-    assert rollout.sequences.equal(wanted)
-    assert len(set(rollout.completion_ids.flatten().tolist())) > 3  # not one token over and over
+    assert found.sequences.equal(wanted)
+    assert len(set(found.completion_ids.flatten().tolist())) > 3  # not one token over and over
 
 
 def test_greedy_is_transformers_generate_on_a_pretrained_model(stories260k):
     backbone = Backbone.load(stories260k)
     texts = ["Once upon a time", "Lily and Tom went to the big", "The"]
     prompts = [backbone.tokenizer(text)["input_ids"] for text in texts]
-    rollout = generate(backbone, None, prompts, max_new_tokens=60, temperature=0)
-    assert rollout.sequences.equal(transformers_greedy(backbone, prompts, 60))
-    assert rollout.texts(backbone.tokenizer)[0].startswith(", there was a little girl named")
+    found = generate(backbone, None, prompts, max_new_tokens=60, temperature=0)
+    assert found.sequences.equal(transformers_greedy(backbone, prompts, 60))
+    assert found.texts(backbone.tokenizer)[0].startswith(", there was a little girl named")
 
 
 def test_an_answer_ends_with_its_end_of_sequence_token():
@@ -64,18 +68,18 @@ def test_an_answer_ends_with_its_end_of_sequence_token():
     ended = first.index(end) + 1
     assert 1 < ended < 12
     backbone.tokenizer.eos_token = backbone.tokenizer.convert_ids_to_tokens(end)
-    rollout = generate(backbone, None, PROMPTS, max_new_tokens=12, temperature=0)
-    width = rollout.completion_ids.shape[1]
+    found = generate(backbone, None, PROMPTS, max_new_tokens=12, temperature=0)
+    width = found.completion_ids.shape[1]
     for row in range(3):
         answer = free.completion_ids[row].tolist()
         length = answer.index(end) + 1 if end in answer else 12
-        assert rollout.completion_ids[row, :length].tolist() == answer[:length]
-        assert rollout.completion_mask[row].tolist() == [t < length for t in range(width)]
-        assert (rollout.completion_ids[row, length:] == backbone.tokenizer.pad_token_id).all()
-        assert (rollout.log_prob[row, length:] == 0).all()
-    assert rollout.completion_mask[0].sum() == ended
-    assert rollout.attention_mask[:, rollout.prompt_len :].equal(rollout.completion_mask.long())
-    assert rollout.sequences.equal(transformers_greedy(backbone, PROMPTS, 12))
+        assert found.completion_ids[row, :length].tolist() == answer[:length]
+        assert found.completion_mask[row].tolist() == [t < length for t in range(width)]
+        assert (found.completion_ids[row, length:] == backbone.tokenizer.pad_token_id).all()
+        assert (found.log_prob[row, length:] == 0).all()
+    assert found.completion_mask[0].sum() == ended
+    assert found.attention_mask[:, found.prompt_len :].equal(found.completion_mask.long())
+    assert found.sequences.equal(transformers_greedy(backbone, PROMPTS, 12))
     # With every row at its end, nothing more is sampled.
     alone = generate(backbone, None, PROMPTS[:1], max_new_tokens=12, temperature=0)
     assert alone.completion_ids.shape == (1, ended)
@@ -87,14 +91,14 @@ def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family,
     backbone = make(family, targets)
     backbone.add_role("policy")
     perturb(backbone.trainable("policy"))
-    rollout = generate(
+    found = generate(
         backbone, "policy", PROMPTS, max_new_tokens=10, temperature=0.7, top_k=20, top_p=0.9,
         generator=seeded(),
     )  # fmt: skip
-    hidden = backbone.hidden("policy", rollout.sequences[:, :-1], rollout.attention_mask[:, :-1])
+    hidden = backbone.hidden("policy", found.sequences[:, :-1], found.attention_mask[:, :-1])
     head = backbone.head("policy")
     again = pk.linear_log_prob(
-        hidden[:, rollout.prompt_len - 1 :], head.weight, rollout.completion_ids,
+        hidden[:, found.prompt_len - 1 :], head.weight, found.completion_ids,
         temperature=0.7, **head.options,
     )  # fmt: skip
     # one token at a time and all at once round differently, in proportion to the logits
@@ -104,20 +108,37 @@ def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family,
         off = (found - wanted).detach() / unit
         assert off.square().mean().sqrt() < 16 and off.abs().max() < 64
 
-    assert_near(rollout.log_prob, again * rollout.completion_mask)
+    assert_near(found.log_prob, again * found.completion_mask)
     pk.set_adapter(backbone.model, "policy")
     with torch.no_grad():  # row 0 has no padding: the plain model needs no positions for it
-        logits = backbone.model(rollout.sequences[:1]).logits[:, rollout.prompt_len - 1 : -1]
-    plain = (logits / 0.7).log_softmax(-1).gather(-1, rollout.completion_ids[:1, :, None])
-    plain_log_prob = plain[..., 0] * rollout.completion_mask[:1]
-    assert_near(rollout.log_prob[:1], plain_log_prob)
+        logits = backbone.model(found.sequences[:1]).logits[:, found.prompt_len - 1 : -1]
+    plain = (logits / 0.7).log_softmax(-1).gather(-1, found.completion_ids[:1, :, None])
+    plain_log_prob = plain[..., 0] * found.completion_mask[:1]
+    assert_near(found.log_prob[:1], plain_log_prob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_16_bits_are_not_rounded_to_16_bits(dtype):
+    hidden, weight, bias = torch.randn(5, 37), torch.randn(2500, 37), torch.randn(2500)
+    a, b = torch.randn(3, 37), torch.randn(2500, 3)
+
+    tensors = h, w, c, a, b = [t.to(dtype) for t in (hidden, weight, bias, a, b)]
+
+    def logits(wide):
+        h, w, c, a, b = (t.to(wide) for t in tensors)
+        return h @ w.T + 0.5 * (h @ a.T) @ b.T + c
+
+    found = rollout._logits(h, Head(w, c, None, a, b, scale=0.5))
+    plain, exact = logits(torch.float32), logits(torch.float64)
+    assert found.dtype == torch.float32
+    check_law("logits", found, plain, exact, torch.float32)
 
 
 def test_tokens_are_drawn_from_the_truncated_distribution():
     """4000 draws of one next token: each frequency within 4.5 standard errors."""
     backbone, draws = make(), 4000
     prompt = PROMPTS[0]
-    rollout = generate(
+    found = generate(
         backbone, None, [prompt] * draws, max_new_tokens=1, temperature=0.8, top_k=4,
         generator=seeded(),
     )  # fmt: skip
@@ -125,7 +146,7 @@ def test_tokens_are_drawn_from_the_truncated_distribution():
         probs = (backbone.model(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
     likeliest = probs.topk(4)
     wanted = likeliest.values / likeliest.values.sum()
-    counts = torch.bincount(rollout.completion_ids[:, 0], minlength=len(probs))
+    counts = torch.bincount(found.completion_ids[:, 0], minlength=len(probs))
     assert counts[likeliest.indices].sum() == draws
     error = (counts[likeliest.indices] / draws - wanted).abs()
     assert (error < 4.5 * (wanted * (1 - wanted) / draws).sqrt()).all()
@@ -179,6 +200,154 @@ def test_truncate_by_hand():
         assert truncate(probs, top_k, top_p).tolist() == pytest.approx(kept), (top_k, top_p)
 
 
+# ------------------------------------------------------------------------- continuous batching
+
+MANY = [[1, 3 + 7 * i % 250, *range(20, 20 + i * 5 % 13)] for i in range(9)]  # 2 to 14 tokens
+
+
+def ending(model) -> tuple[Backbone, torch.Tensor]:
+    """A backbone whose answers end early and at different tokens; transformers' greedy ones."""
+    backbone = Backbone.load(model=model, tokenizer=tiny_tokenizer())
+    free = transformers_greedy(backbone, MANY, 16)[:, -16:]
+    candidates = [(free == token).any(1).sum().item() for token in range(300)]
+    firsts = [len({r.index(t) for r in free.tolist() if t in r}) for t in range(300)]
+    end = max(range(3, 300), key=lambda t: (firsts[t], -candidates[t]))
+    assert firsts[end] > 1, "no token ends answers at different lengths"
+    backbone.tokenizer.eos_token = backbone.tokenizer.convert_ids_to_tokens(end)
+    return backbone, transformers_greedy(backbone, MANY, 16)
+
+
+@pytest.fixture
+def few_spare_columns(monkeypatch):
+    """So that columns are shifted within a few steps."""
+    monkeypatch.setattr(rollout, "SPARE", 3)
+    shifts = []
+    shift = kv_cache.SlotCache.shift
+    monkeypatch.setattr(
+        kv_cache.SlotCache, "shift", lambda *a: (shifts.append(a[1:]), shift(*a))[1]
+    )
+    return shifts
+
+
+@pytest.fixture
+def in_graphs(monkeypatch):
+    """The steps of a GPU, run one by one in place of replayed."""
+    monkeypatch.setattr(rollout, "_in_graphs", lambda device: True)
+    monkeypatch.setattr(rollout._Graph, "__call__", lambda self, step: step())
+
+
+# Mistral, Gemma 2, Gemma 3: a window of 4 tokens that is passed; Phi-3, OPT: more families
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Gemma 2", "Gemma 3", "GPT-2", "Phi-3", "OPT", "Mixtral"]
+)
+def test_rows_that_come_and_go_answer_as_transformers_does(name, few_spare_columns):
+    backbone, wanted = ending(build(name))
+    for batch_size in (0, 3):
+        found = generate(
+            backbone, None, MANY, max_new_tokens=16, temperature=0, batch_size=batch_size
+        )
+        assert found.sequences.equal(wanted), batch_size
+    assert few_spare_columns or name == "Mixtral"  # whose answers are short
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2"])
+def test_steps_of_a_graph_are_the_same_steps(name, few_spare_columns, in_graphs):
+    backbone, wanted = ending(build(name))
+    for batch_size in (0, 3):
+        found = generate(
+            backbone, None, MANY, max_new_tokens=16, temperature=0, batch_size=batch_size
+        )
+        assert found.sequences.equal(wanted), batch_size
+    assert few_spare_columns
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch")
+def test_a_cuda_graph_replays_the_steps_that_run_without_one(monkeypatch, few_spare_columns):
+    backbone = make(device="cuda")
+    backbone.add_role("policy")
+    for _, parameter in backbone.trainable("policy"):
+        parameter.data.normal_(std=0.1)
+    graphs, graph = [], rollout._Graph
+    monkeypatch.setattr(rollout, "_Graph", lambda: graphs.append(graph()) or graphs[-1])
+
+    def sampled():
+        generator = torch.Generator("cuda").manual_seed(0)
+        return generate(
+            backbone, "policy", MANY, max_new_tokens=12, top_k=20, batch_size=3,
+            generator=generator,
+        )  # fmt: skip
+
+    replayed = sampled()
+    assert graphs[0].graph is not None
+    monkeypatch.setattr(rollout, "_in_graphs", lambda device: False)
+    stepped = sampled()
+    assert len(graphs) == 1 and replayed.sequences.equal(stepped.sequences)
+    torch.testing.assert_close(replayed.log_prob, stepped.log_prob, rtol=0, atol=1e-3)
+
+
+def test_a_model_that_remembers_more_than_keys_and_values_answers_in_groups():
+    torch.manual_seed(1)
+    config = transformers.Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    assert not kv_cache.SlotCache.holds(config)
+    backbone, wanted = ending(model)
+    for batch_size in (0, 2):
+        found = generate(
+            backbone, None, MANY, max_new_tokens=16, temperature=0, batch_size=batch_size
+        )
+        assert found.sequences.equal(wanted), batch_size
+
+
+def test_draws_belong_to_the_prompt_not_to_its_turn():
+    backbone = make()
+    backbone.add_role("policy")
+    perturb(backbone.trainable("policy"))
+
+    def sampled(prompts=MANY, **keywords):
+        return generate(
+            backbone, "policy", prompts, max_new_tokens=12, temperature=1.2, top_p=0.95, **keywords
+        )
+
+    whole = sampled(generator=seeded())
+    assert len(set(map(tuple, whole.completion_ids.tolist()))) == len(MANY)
+    for batch_size in (1, 2, 4):
+        again = sampled(generator=seeded(), batch_size=batch_size)
+        assert again.sequences.equal(whole.sequences), batch_size
+        torch.testing.assert_close(again.log_prob, whole.log_prob, rtol=0, atol=1e-4)
+    numbers = draw(len(MANY), 12, backbone.device, seeded())
+    for mine in (slice(0, 4), slice(4, 9)):  # two processes with half of the batch each
+        half = sampled(MANY[mine], draws=numbers[mine])
+        assert half.answers() == whole.answers()[mine]
+
+
+def test_ended_rows_cost_nothing_and_memory_is_that_of_the_batch(monkeypatch):
+    backbone, wanted = ending(build("Llama"))
+    passes, hidden = [], backbone.hidden
+
+    def watched(role, ids, mask, cache):
+        passes.append((len(ids), ids.shape[1], mask.shape[1]))
+        states = hidden(role, ids, mask, cache)
+        assert cache.layers[0].keys.shape[::2] == (3, 14 + 16 + 16)
+        return states
+
+    monkeypatch.setattr(backbone, "hidden", watched)
+    found = generate(backbone, None, MANY, max_new_tokens=16, temperature=0, batch_size=3)
+    lengths = found.completion_mask.sum(1)
+    prefilled = sum(rows for rows, new, _ in passes if new > 1)
+    decoded = sum(rows for rows, new, _ in passes if new == 1)
+    assert prefilled == len(MANY)
+    assert decoded == lengths.sum() - len(MANY)  # the first token of each is the prefill's
+    assert max(rows for rows, _, _ in passes) == 3
+    # attention goes over the columns of the rows in progress
+    longest = max(len(p) + n for p, n in zip(MANY, lengths.tolist(), strict=True))
+    assert max(seen for _, _, seen in passes) <= longest
+
+
 def test_bad_arguments_are_named():
     backbone = make()
     for keywords, message in (
@@ -188,6 +357,8 @@ def test_bad_arguments_are_named():
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"draws": torch.rand(3, 5)}, r"draws is \(3, 5\); want .* \(3, 4\)"),
         ({"max_new_tokens": 54}, "11 tokens and 54 new ones exceed the model's context of 64"),
     ):
         arguments = {"prompts": PROMPTS, "max_new_tokens": 4} | keywords

@@ -167,6 +167,26 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
     assert len(of_head) == 2 * ("lm_head" in targets)
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_importance_cap_weighs_what_sampling_found_more_or_less_likely(world, rows):
+    config = make_config(world, baseline="none", importance_cap=1.5, micro_batch_size=rows)
+    backbone, rollout, returns = scene(world, "lora", "float64")
+    gap = torch.randn(rollout.log_prob.shape)
+    weights = gap.exp().clamp(max=1.5)
+    policy_loss, _ = plain_losses(config, backbone, rollout, returns * weights)
+    policy_loss.backward()
+    wanted = gradients(backbone)
+    drawn_from_another = rollout._replace(log_prob=rollout.log_prob - gap)
+    facts = learn(config, backbone, drawn_from_another, returns)
+    assert facts["loss"] == pytest.approx(policy_loss.item(), rel=1e-5)
+    kept = gap.abs()[rollout.completion_mask]
+    assert facts["mean_abs_dlogp"] == pytest.approx(kept.mean().item(), rel=1e-5)
+    assert facts["max_abs_dlogp"] == pytest.approx(kept.max().item(), rel=1e-5)
+    for key, gradient in gradients(backbone).items():
+        if key[0] == "policy":
+            torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-7)
+
+
 def test_sampled_kl_is_the_log_ratio_and_its_mean_the_exact_kl(world):
     config = make_config(world, temperature=0.9)
     backbone, _, _ = scene(world, "lora", "float32")
@@ -229,8 +249,8 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     row = lines(world / "run/metrics.jsonl")[-1]
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
-        "score_s", "learn_s", "step_s", "max_abs_dlogp", "peak_memory_bytes", "policy_grad_norm",
-        "value_grad_norm",
+        "score_s", "learn_s", "step_s", "max_abs_dlogp", "mean_abs_dlogp", "peak_memory_bytes",
+        "policy_grad_norm", "value_grad_norm",
     }  # fmt: skip
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
@@ -245,25 +265,44 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     assert not after.allclose(before, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_reward_models_folder_gives_the_reward(world, kind):
-    """Each answer's score is what the saved reward model says of it alone, without padding."""
-    source = Backbone.load(world / "base", tuning=kind, lora=pk.LoRAConfig(r=2))
-    source.add_role("reward", scalar=True)
-    perturb(source.trainable("reward"))
-    source.save_role("reward", world / "reward")
+@pytest.mark.parametrize("kinds, ensemble", [
+    (["lora"], None), (["full"], None), (["lora", "full"], None), (["lora", "lora"], "min"),
+])  # fmt: skip
+def test_reward_models_folders_give_the_reward(world, kinds, ensemble):
+    """Each answer's score is what the saved reward models say of it alone, without padding."""
+    sources, folders = [], []
+    for i, kind in enumerate(kinds):
+        sources.append(Backbone.load(world / "base", tuning=kind, lora=pk.LoRAConfig(r=2)))
+        sources[-1].add_role("reward", scalar=True)
+        perturb(sources[-1].trainable("reward"), seed=i)
+        folders.append(str(world / f"reward{i}"))
+        sources[-1].save_role("reward", folders[-1])
     config = make_config(
-        world, reward_function=None, reward_model=str(world / "reward"), micro_batch_size=3
+        world, reward_function=None, reward_model=folders, ensemble=ensemble, micro_batch_size=2
     )
     backbone, rollout, _ = scene(world, "lora", "float32")
-    prompts = [Prompt("", [])] * 3
-    scores = make_scorer(config, backbone)(rollout, prompts)
-    for ids, mask, score in zip(*rollout[:2], scores, strict=True):
-        ids = ids[mask.bool()][None]
-        alone = source.score("reward", ids, torch.ones_like(ids))
-        torch.testing.assert_close(score, alone[0].detach())
-    assert scores.std() > 1e-3
-    train(config)
+    rewards = make_scorer(config, backbone)(rollout, [Prompt("", [])] * 3)
+    alone = torch.stack([
+        torch.cat([
+            source.score("reward", ids[mask.bool()][None], mask[mask.bool()][None])
+            for ids, mask in zip(*rollout[:2], strict=True)
+        ])
+        for source in sources
+    ]).detach()  # fmt: skip
+    wanted = alone.amin(0) if ensemble == "min" else alone.mean(0)
+    torch.testing.assert_close(rewards.reward, wanted)
+    assert wanted.std() > 1e-3
+    if len(kinds) == 1:
+        assert rewards.disagreement is None
+    else:
+        torch.testing.assert_close(rewards.disagreement, (alone[0] - alone[1]).abs() / 2)
+
+
+def test_reward_models_train_a_policy(world):
+    source = Backbone.load(world / "base", lora=pk.LoRAConfig(r=2))
+    source.add_role("reward", scalar=True)
+    source.save_role("reward", world / "reward")
+    train(make_config(world, reward_function=None, reward_model=str(world / "reward")))
     assert lines(world / "run/metrics.jsonl")[-1]["reward"] is not None
 
 

@@ -533,6 +533,7 @@ def refused(capsys, argv: list[str]) -> str:
         (["--data", "PAIRS", "LABELS"], "pairs and labels cannot be mixed"),
         (["--data", "LABELS", "--center-rewards", "0.1"], "--center-rewards is for"),
         (["--validation", "PAIRS"], "is a training file too"),
+        (["--data", "HELD=1", "PAIRS=1", "--validation", "PAIRS"], "is a training file too"),
         (["--early-stop", "2"], "want --validation"),
         (["--best-metric", "auc"], "want --validation"),
         (
@@ -544,7 +545,8 @@ def refused(capsys, argv: list[str]) -> str:
 )
 def test_bad_flags_stop_before_anything_is_written(files, tmp_path, capsys, extra, words):
     names = {"LABELS": "labels", "PAIRS": "pairs", "HELD": "held_out"}
-    extra = [str(files / f"{names[word]}.jsonl") if word in names else word for word in extra]
+    for name, stem in names.items():
+        extra = [word.replace(name, str(files / f"{stem}.jsonl")) for word in extra]
     assert words in refused(capsys, arguments(files, tmp_path / "run", *extra))
     assert list(tmp_path.iterdir()) == []
 

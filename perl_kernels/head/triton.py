@@ -501,7 +501,7 @@ def _write_rows(
     raw, bias, target, log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl, d_log_prob, d_kl,
     dz, rows, sides, temperature, softcap, ignore_index,
 ):  # fmt: skip
-    """The statistics of whole rows of logits, and dz over them: one, two APART, or none."""
+    """The statistics of whole rows of logits, and over them dz: one, two APART, or none."""
     if _in_cuda(dz):
         torch.ops.perl_kernels.head_rows_cuda(
             raw, bias, target, log_prob, peak, log_sum, entropy, ref_log_prob, gap, kl,
@@ -522,7 +522,7 @@ def _write_rows(
 def _in_cuda(like: Tensor) -> bool:
     """Whether csrc/cuda runs the rows of the route "blocks": where the backend "cuda" is asked for.
 
-    "auto" stays with Triton until a GPU has measured both in bench_policy_loss.py; then one goes.
+    "auto" stays with Triton until a GPU has measured both in bench_head_rows.py; then one goes.
     """
     return backend_of(like) == "cuda"
 
