@@ -21,16 +21,16 @@ from perl import cli
 REPO = Path(__file__).parents[1]
 WORDS = ["tea", "a large tea", "one latte please", "two scones", "latte", "That is 7 euros."]
 UNLIKE = {"step_s", "tokens_per_s", "rollout_s", "score_s", "learn_s", "peak_memory_bytes"}
-VOWELS = """
+SCORES = """
 import os, signal
 
-def vowels(prompts, completions):
-    # never 0: a gradient that is all rounding would become an update of full size in Adam
-    return [1 + sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+def scores(prompts, completions):
+    # unlike and never 0: Adam or whitening would make updates of full size from mere rounding
+    return [0.1 + sum(map(ord, text)) % 97 / 97 for text in completions]
 
 def fails(prompts, completions):
     assert os.environ.get("RANK") != "1", "on rank 1"
-    return vowels(prompts, completions)
+    return scores(prompts, completions)
 
 calls = 0
 
@@ -39,7 +39,7 @@ def interrupts(prompts, completions):
     calls += 1
     if calls == 5 and os.environ.get("RANK") == "1":  # step 0: samples, 2 validations; 1; 2
         os.kill(os.getpid(), signal.SIGINT)
-    return vowels(prompts, completions)
+    return scores(prompts, completions)
 """
 SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft-held.jsonl", "--batch-size", "4"]
 REWARD = [
@@ -48,7 +48,7 @@ REWARD = [
 PAIRS = [argument.format(data="pairs") for argument in REWARD]
 LABELS = [argument.format(data="labels") for argument in REWARD]
 REINFORCE = [
-    "reinforce", "--data", "prompts.jsonl", "--reward-function", "reward.py:vowels",
+    "reinforce", "--data", "prompts.jsonl", "--reward-function", "reward.py:scores",
     "--prompts-per-step", "4", "--max-new-tokens", "6", "--validation", "prompts-held.jsonl",
     "--lr", "1e-3",
 ]  # fmt: skip
@@ -101,7 +101,7 @@ def world(tmp_path_factory) -> Path:
     }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(VOWELS)
+    (folder / "reward.py").write_text(SCORES)
     return folder
 
 
@@ -156,10 +156,13 @@ def printed(world) -> dict[str, list[dict]]:
 
 
 def metrics(run: Path) -> list[dict]:
-    """What must repeat: everything but times and memory."""
+    """What must repeat: all numbers but times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    unlike = UNLIKE | {"peak_memory_bytes_by_rank"}
-    return [{k: v for k, v in row.items() if k not in unlike} for row in rows]
+    unlike = UNLIKE | {"peak_memory_bytes_by_rank", "padding"}  # of passes, which differ
+    return [
+        {k: v for k, v in row.items() if k not in unlike and not isinstance(v, dict)}
+        for row in rows
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -185,7 +188,7 @@ def check(world: Path, name: str, argv: list[str], runs: dict[str, list[dict]], 
     alone = json.loads(capsys.readouterr().out)
     for run, (first, second) in runs.items():
         assert (first["code"], second["code"]) == (0, 0), first["err"] + second["err"]
-        assert first["err"] == second["out"] == second["err"] == ""
+        assert second["out"] == second["err"] == ""
         assert json.loads(first["out"])["step"] == alone["step"]
         assert_alike(world / run, world / name)
         rows = [json.loads(line) for line in (world / run / "metrics.jsonl").open()]
