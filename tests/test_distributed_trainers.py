@@ -281,7 +281,7 @@ def test_variables_of_torchrun_are_checked(world, monkeypatch, capsys, changes, 
 def torchrun(argv: list[str]) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launcher, "--master-port", "0", "-m", "perl", *argv], cwd=REPO, text=True,
+        [*launcher, "--standalone", "-m", "perl", *argv], cwd=REPO, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
