@@ -372,9 +372,9 @@ class Backbone:
             if role.score is not None:
                 role.score.to(self.device)
 
-    def any_process(self, flag: bool) -> bool:
-        """The flag; sharded, whether any process has it set: all have to make the same passes."""
-        return distributed.total(flag) > 0 if self.sharded else flag
+    def any_process(self, flag: Any) -> bool:
+        """Whether it is true; sharded, on any process: all have to make the same passes."""
+        return distributed.total(bool(flag)) > 0 if self.sharded else bool(flag)
 
     # ---------------------------------------------------------------------------------- private
 

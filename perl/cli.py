@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cls, target, _ = COMMANDS[name]
         several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         if several and ("sweep" in flags or not issubclass(cls, cfg.TrainConfig)):
-            what = f"perl {name}" + " --sweep" * ("sweep" in flags)
-            raise UsageError(f"torchrun is for training; run `python -m {what}` without it")
+            what = "--sweep" if "sweep" in flags else name
+            raise UsageError(f"torchrun is for one training; run {what} by `python -m perl {name}`")
         if "sweep" in flags:
             from perl import sweep
 

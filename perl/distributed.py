@@ -287,9 +287,9 @@ def whole_on_first(tensor: Tensor) -> Tensor:
 
 
 def as_part_of(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A whole tensor on the parameter's device, cut up as that is."""
+    """A whole tensor on the parameter's device, cut up as that is; a number stays one."""
     tensor = tensor.to(parameter.device)
-    if not is_sharded(parameter):
+    if not is_sharded(parameter) or tensor.dim() == 0:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -34,7 +34,7 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.lr, self.steps, self.schedule = lr, steps, schedule
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
-        # one call of AdamW's kernels takes sharded tensors or others, not both
+        # one call of AdamW's kernel takes sharded tensors or others, not both
         sharded = [p for p in self.parameters.values() if distributed.is_sharded(p)]
         others = [p for p in self.parameters.values() if not distributed.is_sharded(p)]
         groups = [{"params": group} for group in (others, sharded) if group]
@@ -91,8 +91,5 @@ class Optimizer:
                     "belongs to another model or rank"
                 )
             self.adamw.state[parameter] = {
-                key: tensor.to(parameter.device)
-                if tensor.dim() == 0
-                else distributed.as_part_of(tensor, parameter)
-                for key, tensor in moments.items()
+                key: distributed.as_part_of(tensor, parameter) for key, tensor in moments.items()
             }

@@ -89,10 +89,8 @@ def importance_weights(
 def mismatch(log_prob: Tensor, sampled_log_prob: Tensor, mask: Tensor) -> dict[str, float]:
     """Mean and largest |Δ log π| between learning and sampling over the answers' tokens."""
     gap = (log_prob - sampled_log_prob).abs().masked_fill(~mask.bool(), 0.0)
-    return {
-        "mean_abs_dlogp": masked_mean(gap, mask),
-        "max_abs_dlogp": max(distributed.each(gap.max().item())),
-    }
+    largest = max(distributed.each(gap.max().item()))
+    return {"mean_abs_dlogp": masked_mean(gap, mask), "max_abs_dlogp": largest}
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

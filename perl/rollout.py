@@ -98,7 +98,7 @@ def generate(
     batch = _Batch(backbone, role, prompts, max_new_tokens, batch_size, draws, choose)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     going = len(prompts)
-    while backbone.any_process(going > 0):
+    while backbone.any_process(waiting or batch.taken):
         if waiting and batch.taken <= batch.refill_at:
             free = batch.rows - batch.taken
             batch.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
@@ -145,8 +145,7 @@ class _Batch:
         self.taken = self.first = self.end = 0
         self.continuous = SlotCache.holds(backbone.config)
         self.refill_at = int(REFILL * self.rows) if self.continuous else 0
-        graphs = self.continuous and not backbone.sharded and _in_graphs(self.device)
-        self.graph = _Graph() if graphs else None
+        self.graph = _Graph() if self.continuous and _in_graphs(backbone) else None
         if self.continuous:
             static = self.graph is not None
             self.cache = SlotCache(backbone.config, self.rows, self.columns, static)
@@ -204,9 +203,9 @@ class _Batch:
         self._drop()
 
     def idle(self) -> None:
-        """A pass for nobody: processes that share out a model make as many as the slowest one."""
-        one = torch.ones(1, 1, dtype=torch.int64, device=self.device)
-        self.backbone.hidden(self.role, one, one)
+        """A pass for nothing: blocks that are spread over processes want all of them at it."""
+        ids = torch.full((1, 1), self.pad_id, device=self.device)
+        self.backbone.hidden(self.role, ids, torch.ones_like(ids))
 
     def _advance_all(self) -> None:
         """The same with free rows and all columns: what differs from step to step is in tensors."""
@@ -312,8 +311,8 @@ class _Graph:
             self.graph.replay()
 
 
-def _in_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _in_graphs(backbone: Backbone) -> bool:
+    return backbone.device.type == "cuda" and not backbone.sharded
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:  # (B, H) -> (B, V) float32

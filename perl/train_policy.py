@@ -138,7 +138,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                     optimizer.step(step)
 
             metrics = {
-                **gathered(rewards, len(batch)).figures(),
+                **whole_batch(rewards, len(batch)).figures(),
                 "kl": distributed.mean(kl.sum(1).mean().item()),  # nats per answer, sampled
                 **facts,  # with the exact "kl" where it is in the loss
                 **norms,
@@ -232,6 +232,15 @@ def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
         return combine(torch.cat(scores).view(len(roles), -1), config.ensemble)
 
     return score
+
+
+def whole_batch(rewards: Rewards, count: int) -> Rewards:
+    """The rewards of all `count` answers of a batch, from those of each process's share."""
+    columns = (
+        None if column is None else torch.tensor(distributed.gathered(column.tolist(), count))
+        for column in rewards
+    )
+    return Rewards(*columns)
 
 
 @torch.no_grad()
@@ -364,14 +373,6 @@ def inputs(rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------- watch
 
 
-def gathered(rewards: Rewards, count: int) -> Rewards:
-    """The rewards of `count` answers, of which each process has scored its share."""
-    return Rewards(*(
-        None if column is None else torch.tensor(distributed.gathered(column.tolist(), count))
-        for column in rewards
-    ))  # fmt: skip
-
-
 def evaluate(
     config: ReinforceConfig, backbone: Backbone, prompts: list[Prompt], score: Scorer
 ) -> dict[str, float]:
@@ -380,9 +381,9 @@ def evaluate(
     for start in range(0, len(prompts), config.prompts_per_step):
         batch = prompts[start : start + config.prompts_per_step]
         rollout = sample(config, backbone, batch, derived_seed(config.seed, 0, start))
-        rewards.append(gathered(score(rollout, distributed.share(batch)), len(batch)))
-        of_each = sampled_kl(config, backbone, rollout).sum(1).tolist()
-        kl += distributed.gathered(of_each, len(batch))
+        rewards.append(whole_batch(score(rollout, distributed.share(batch)), len(batch)))
+        of_answers = sampled_kl(config, backbone, rollout).sum(1).tolist()
+        kl += distributed.gathered(of_answers, len(batch))
     figures = joined(rewards).figures() | {"kl": sum(kl) / len(kl)}
     return {f"validation_{name}": value for name, value in figures.items()}
 

@@ -21,15 +21,16 @@ from perl import cli
 REPO = Path(__file__).parents[1]
 WORDS = ["tea", "a large tea", "one latte please", "two scones", "latte", "That is 7 euros."]
 UNLIKE = {"step_s", "tokens_per_s", "rollout_s", "score_s", "learn_s", "peak_memory_bytes"}
-VOWELS = """
+SCORES = """
 import os, signal
 
-def vowels(prompts, completions):
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+def scores(prompts, completions):
+    # unlike and never 0: Adam or whitening would make updates of full size from mere rounding
+    return [0.1 + sum(map(ord, text)) % 97 / 97 for text in completions]
 
 def fails(prompts, completions):
     assert os.environ.get("RANK") != "1", "on rank 1"
-    return vowels(prompts, completions)
+    return scores(prompts, completions)
 
 calls = 0
 
@@ -38,23 +39,17 @@ def interrupts(prompts, completions):
     calls += 1
     if calls == 5 and os.environ.get("RANK") == "1":  # step 0: samples, 2 validations; 1; 2
         os.kill(os.getpid(), signal.SIGINT)
-    return vowels(prompts, completions)
+    return scores(prompts, completions)
 """
-SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft.jsonl", "--batch-size", "4"]
+SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft-held.jsonl", "--batch-size", "4"]
 REWARD = [
-    "reward",
-    "--validation",
-    "{data}-held.jsonl",
-    "--data",
-    "{data}.jsonl",
-    "--batch-size",
-    "4",
-]
+    "reward", "--data", "{data}.jsonl", "--validation", "{data}-held.jsonl", "--batch-size", "4"
+]  # fmt: skip
 PAIRS = [argument.format(data="pairs") for argument in REWARD]
 LABELS = [argument.format(data="labels") for argument in REWARD]
 REINFORCE = [
-    "reinforce", "--data", "prompts.jsonl", "--reward-function", "reward.py:vowels",
-    "--prompts-per-step", "4", "--max-new-tokens", "6", "--validation", "prompts.jsonl",
+    "reinforce", "--data", "prompts.jsonl", "--reward-function", "reward.py:scores",
+    "--prompts-per-step", "4", "--max-new-tokens", "6", "--validation", "prompts-held.jsonl",
     "--lr", "1e-3",
 ]  # fmt: skip
 FULL, SHARD = ["--tuning", "full", "--lr", "1e-3"], ["--shard"]
@@ -88,7 +83,7 @@ def world(tmp_path_factory) -> Path:
     save_tiny(folder / "base")
     save_tiny(folder / "base-0")
     save_tiny(folder / "base-1", seed=1)
-    pairs = [(a, b) for a in WORDS for b in WORDS if a != b][:9]
+    pairs = [(a, b) for a in WORDS for b in WORDS if a != b]
     files = {
         "sft": [{"prompt": a, "completion": " " + b} for a, b in pairs],
         "pairs": [{"prompt": a, "chosen": " " + b, "rejected": " no"} for a, b in pairs],
@@ -96,15 +91,17 @@ def world(tmp_path_factory) -> Path:
             {"prompt": a, "completion": " " + b, "label": i % 3 > 0}
             for i, (a, b) in enumerate(pairs)
         ],
-        "prompts": [{"prompt": a} for a in WORDS[:5]],
+        "prompts": [{"prompt": f"{a} and {b}"} for a, b in pairs],
+    }
+    files |= {f"{name}-held": rows[9:14] for name, rows in files.items()}
+    files |= {name: files[name][:9] for name in ("sft", "pairs", "labels", "prompts")}
+    files |= {
         "data-0": [{"text": a} for a in WORDS],
         "data-1": [{"text": a} for a in reversed(WORDS)],
     }
-    for name in ("pairs", "labels"):
-        files[f"{name}-held"] = [row | {"prompt": 2 * row["prompt"]} for row in files[name]]
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(VOWELS)
+    (folder / "reward.py").write_text(SCORES)
     return folder
 
 
@@ -159,20 +156,13 @@ def printed(world) -> dict[str, list[dict]]:
 
 
 def metrics(run: Path) -> list[dict]:
-    """What must repeat: everything but times and memory."""
+    """What must repeat: all numbers but times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    unlike = UNLIKE | {"peak_memory_bytes_by_rank", "padding"}  # each process pads its own rows
-    return [flat({k: v for k, v in row.items() if k not in unlike}) for row in rows]
-
-
-def flat(row: dict) -> dict:
-    """Figures inside figures (histograms) beside the others."""
-    found = {}
-    for name, value in row.items():
-        inner = dict(enumerate(value)) if isinstance(value, list) else value
-        many = isinstance(inner, dict)
-        found |= {f"{name}.{key}": v for key, v in flat(inner).items()} if many else {name: value}
-    return found
+    unlike = UNLIKE | {"peak_memory_bytes_by_rank", "padding"}  # of passes, which differ
+    return [
+        {k: v for k, v in row.items() if k not in unlike and not isinstance(v, dict)}
+        for row in rows
+    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -198,7 +188,7 @@ def check(world: Path, name: str, argv: list[str], runs: dict[str, list[dict]], 
     alone = json.loads(capsys.readouterr().out)
     for run, (first, second) in runs.items():
         assert (first["code"], second["code"]) == (0, 0), first["err"] + second["err"]
-        assert first["err"] == second["out"] == second["err"] == ""
+        assert second["out"] == second["err"] == ""
         assert json.loads(first["out"])["step"] == alone["step"]
         assert_alike(world / run, world / name)
         rows = [json.loads(line) for line in (world / run / "metrics.jsonl").open()]
@@ -246,7 +236,7 @@ def test_one_process_goes_on_with_a_run_of_two(world, printed):
         ("indivisible", 2, "a batch has 3 rows (--batch-size, or all of --data) and there are 2"),
         ("other-data", 2, "process 1 has another --data than process 0"),
         ("other-model", 2, "process 1 has another --model than process 0"),
-        ("evaluate", 2, "torchrun is for training; run `python -m perl evaluate` without it"),
+        ("evaluate", 2, "torchrun is for one training; run evaluate by `python -m perl evaluate`"),
         ("fails", 2, "raised AssertionError: on rank 1"),
         ("diverges", 3, "; no checkpoint was written before it; start again with a lower --lr"),
         ("interrupts", 130, "checkpoint of step 2 written; go on with: torchrun --nproc-per-node"),
@@ -291,7 +281,7 @@ def test_variables_of_torchrun_are_checked(world, monkeypatch, capsys, changes, 
 def torchrun(argv: list[str]) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launcher, "--master-port", "0", "-m", "perl", *argv], cwd=REPO, text=True,
+        [*launcher, "--standalone", "-m", "perl", *argv], cwd=REPO, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
