@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from perl import distributed
 from perl.config import Stopped, TrainConfig, UsageError, write_toml
+from perl.progress import progress
 
 
 class NonFiniteLoss(Stopped):
@@ -168,7 +169,7 @@ class Run:
         After Ctrl-C the step in hand is finished; `checkpoint_due` is then true, and once the
         checkpoint is written Interrupted is raised. A second Ctrl-C stops at once.
         """
-        self._bar = self.progress(total, description, initial=self.step)
+        self._bar = progress(total, description, "step", done=self.step)
         for step in range(self.step + 1, total + 1):
             yield step
             self._bar.update()
@@ -176,17 +177,6 @@ class Run:
                 raise Interrupted(
                     f"checkpoint of step {step} written; go on with: {self.resume_command}"
                 )
-
-    def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        """A progress bar on stderr; quiet where stderr is not a terminal, and on other ranks."""
-        return tqdm(
-            total=total,
-            desc=description,
-            initial=initial,
-            file=sys.stderr,
-            disable=None if distributed.is_first() else True,
-            dynamic_ncols=True,
-        )
 
     def checkpoint_due(self, step: int) -> bool:
         """True every `checkpoint_every` steps, at the last step, and after Ctrl-C.
