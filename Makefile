@@ -27,8 +27,9 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 demo: setup
 	$(RUN) -m perl demo
 
+# A process a core; a file's tests stay together, as they share what is slow to make.
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
