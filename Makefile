@@ -29,7 +29,7 @@ demo: setup
 
 # A process a core; a file's tests stay together, as they share what is slow to make.
 test: setup
-	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

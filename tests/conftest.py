@@ -14,7 +14,13 @@ import torch
 import perl_kernels as pk
 from perl_kernels import _library
 
+# Files of minutes, so that no process begins with one when the others are done.
+LONGEST = ["test_benchmarks", "test_triton", "test_triton_compile", "test_cpu_kernels"]
 SHARED = Path(os.environ.get("PERL_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -156,7 +156,7 @@ def test_publish_replaces_the_result(tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path):
-    seen = []
+    seen, handler = [], signal.getsignal(signal.SIGINT)
     with make(tmp_path / "run", steps=5) as run:
         with pytest.raises(Interrupted) as caught:
             for step in run.steps(5, "reward"):
@@ -169,7 +169,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(tmp_path):
         assert seen == [1, 2] and run.latest_checkpoint().step == 2
         assert caught.value.exit_code == 130
         assert f"python -m perl reward --out {run.folder} --resume" in str(caught.value)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     with make(run.folder, resume=True) as again:
         assert list(again.steps(5, "reward")) == [3, 4, 5]
 
