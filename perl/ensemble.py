@@ -26,7 +26,7 @@ from torch import Tensor
 from perl.backbone import Backbone, base_of, is_adapter
 from perl.config import RewardConfig, UsageError, read_toml
 from perl.progress import progress
-from perl.reward import score_all
+from perl.reward import not_finite, score_all
 from perl.run import role_folder
 
 WINDOW = 16  # batches that are sorted by length together, between two steps of a progress bar
@@ -104,15 +104,9 @@ def score_rewards(
 
 
 def check_finite(rewards: Rewards, places: Sequence[str]) -> None:
-    """UsageError that names the row whose answer has no finite reward.
-
-    places: of the rows that were scored, once, or twice where pairs were (`Encoded.places`).
-    """
-    for i in rewards.reward.isfinite().logical_not().nonzero().flatten()[:1].tolist():
-        raise UsageError(
-            f"{places[i % len(places)]}: the score is {rewards.reward[i]}; the reward model is "
-            "broken, or overflows in this --dtype"
-        )
+    """UsageError that names the row whose answer has no finite reward; see `not_finite`."""
+    if wrong := not_finite(rewards.reward, places):
+        raise UsageError(f"{wrong}; the reward model is broken, or overflows in this --dtype")
 
 
 def base_of_reward_model(folder: str) -> str:

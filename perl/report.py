@@ -24,7 +24,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import cycle
@@ -662,20 +662,34 @@ def _moving_mean(values: Sequence[float], window: int) -> list[float]:
     return (total / numpy.convolve(numpy.ones(len(values)), ones, "same")).tolist()
 
 
-def _draw_bars(bars: Bars, axes: Any) -> int:
-    """Bars of a group side by side, each with its value; returns the number of labels."""
-    groups = list(dict.fromkeys(group for values in bars.values.values() for group in values))
-    width = 0.8 / len(bars.values)
+def _side_by_side(
+    drawing: Bars | Spread, axes: Any
+) -> Iterator[tuple[str, str, list[float], Sequence[Any]]]:
+    """(colour, label, places, values) of each label: places stand beside others' of their group."""
+    groups = list(dict.fromkeys(group for values in drawing.values.values() for group in values))
+    width = _width(drawing)
     for i, (colour, (label, values)) in enumerate(
-        zip(cycle(_COLOURS), bars.values.items(), strict=False)
+        zip(cycle(_COLOURS), drawing.values.items(), strict=False)
     ):
         places = [groups.index(group) - 0.4 + (i + 0.5) * width for group in values]
-        boxes = axes.bar(places, list(values.values()), 0.92 * width, label=label, color=colour)
-        size = min(8.5, 60 / (len(groups) * len(bars.values)))
-        axes.bar_label(boxes, [_text(v, 3) for v in values.values()], padding=2, fontsize=size)
+        yield colour, label, places, list(values.values())
     axes.set_xticks(range(len(groups)), groups)
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.12)
+
+
+def _width(drawing: Bars | Spread) -> float:
+    """Of what a label has of a group, whose labels share 0.8."""
+    return 0.8 / len(drawing.values)
+
+
+def _draw_bars(bars: Bars, axes: Any) -> int:
+    """Bars of a group side by side, each with its value; returns the number of labels."""
+    groups = set().union(*bars.values.values())
+    size = min(8.5, 60 / (len(groups) * len(bars.values)))
+    for colour, label, places, values in _side_by_side(bars, axes):
+        boxes = axes.bar(places, values, 0.92 * _width(bars), label=label, color=colour)
+        axes.bar_label(boxes, [_text(v, 3) for v in values], padding=2, fontsize=size)
     return len(bars.values)
 
 
@@ -701,24 +715,15 @@ def _draw_reliability(reliability: Reliability, axes: Any) -> int:
 
 def _draw_spread(spread: Spread, axes: Any) -> int:
     """The labels of a group side by side; returns their number."""
-    groups = list(dict.fromkeys(group for values in spread.values.values() for group in values))
-    width = 0.8 / len(spread.values)
-    for i, (colour, (label, values)) in enumerate(
-        zip(cycle(_COLOURS), spread.values.items(), strict=False)
-    ):
-        places = [groups.index(group) - 0.4 + (i + 0.5) * width for group in values]
-        means = [statistics.fmean(repeated) for repeated in values.values()]
+    half = 0.4 * _width(spread)
+    for colour, label, places, values in _side_by_side(spread, axes):
+        means = [statistics.fmean(repeated) for repeated in values]
         axes.hlines(
-            means, [x - 0.4 * width for x in places], [x + 0.4 * width for x in places],
+            means, [x - half for x in places], [x + half for x in places],
             colors=colour, linewidth=1.8, label=label,
         )  # fmt: skip
-        dots = [
-            (x, y) for x, repeated in zip(places, values.values(), strict=True) for y in repeated
-        ]
+        dots = [(x, y) for x, repeated in zip(places, values, strict=True) for y in repeated]
         axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3, alpha=0.5)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.12)
     return len(spread.values)
 
 

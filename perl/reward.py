@@ -200,6 +200,16 @@ def sequences(batch: Sequence[Pair] | Sequence[Labelled]) -> list[list[int]]:
     return [row.ids for row in batch]
 
 
+def not_finite(scores: Tensor, places: Sequence[str]) -> str:  # (N,)
+    """Which score is the first that is not finite, and what it is; "" where all are.
+
+    places: of the rows that were scored, once, or twice where pairs were (`Encoded.places`).
+    """
+    for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
+        return f"{places[i % len(places)]}: the score is {scores[i]}"
+    return ""
+
+
 def reward_figures(
     backbone: Backbone, role: str, examples: Encoded, batch_size: int
 ) -> dict[str, Any]:
@@ -208,11 +218,8 @@ def reward_figures(
     Raises NonFiniteLoss, naming the row, where a score is not finite.
     """
     scores = score_all(backbone, role, sequences(examples), batch_size)
-    for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
-        place = examples.places[i % len(examples)]
-        raise NonFiniteLoss(
-            f"{place}: the score is {scores[i]}; start again with a lower --lr, or --dtype float32"
-        )
+    if wrong := not_finite(scores, examples.places):
+        raise NonFiniteLoss(f"{wrong}; start again with a lower --lr, or --dtype float32")
     return figures_of_scores(scores, examples)
 
 

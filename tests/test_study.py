@@ -58,8 +58,11 @@ def pretended(monkeypatch):
     monkeypatch.setattr(study.Study, "figures", lambda self, job: figure(job))
     names = ("cafe/mini", "cafe/tiny", "cafe/small", "81M")
     parameters = {name: 10**6 * number for number, name in enumerate(names, 1)}
-    make = lambda self: self.record.update(parameters=parameters)  # noqa: E731
-    monkeypatch.setattr(study.Study, "make_models", make)
+
+    def make_models(self):
+        self.record.update(parameters=parameters)
+
+    monkeypatch.setattr(study.Study, "make_models", make_models)
     return ran, stop
 
 
