@@ -38,9 +38,14 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 def empty_folder(path: str | Path) -> Path:
     """The path; UsageError where it is a file, or a folder with anything in it."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if is_taken(path):
         raise UsageError(f"--out {path} exists and is not empty; give another folder")
     return path
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a new folder of this name would hide what is there: a file, or anything in it."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 @contextmanager

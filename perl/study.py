@@ -36,6 +36,7 @@ from tqdm import tqdm
 from perl import cafe
 from perl.commands import run_all, training, write_json
 from perl.config import RewardConfig, StudyConfig, UsageError, make, write_toml
+from perl.files import is_taken
 from perl.report import Bars, Drawing, Spread, markdown_table, phase_cost, write_figure
 from perl.run import Interrupted
 from perl.sweep import figures
@@ -214,12 +215,11 @@ class Study:
     def __init__(self, config: StudyConfig):
         self.config, self.out = config, Path(config.out).resolve()
         self.preset, self.data_folder = PRESETS[config.preset], _data_folder(config.data_folder)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            if not config.resume:
-                raise UsageError(
-                    f"--out {self.out} exists and is not empty; give another folder, or --resume "
-                    "to go on with the study in it"
-                )
+        if is_taken(self.out) and not config.resume:
+            raise UsageError(
+                f"--out {self.out} exists and is not empty; give another folder, or --resume "
+                "to go on with the study in it"
+            )
         real = [task for task in self.preset.tasks if task.family.name == COFFEE.name]
         if real and self.data_folder is None:
             print(

@@ -25,6 +25,7 @@ from typing import Any
 from perl import config as cfg
 from perl.commands import start, training, write_json
 from perl.config import TrainConfig, UsageError
+from perl.files import is_taken
 from perl.report import phase_cost, text_table
 from perl.run import Interrupted, NonFiniteLoss, Run
 
@@ -102,7 +103,7 @@ def _begin(out: Path, resume: bool, sweep: dict[str, Any]) -> dict[str, Any]:
     """The sweep's record: a new one, or that of the folder with its finished runs."""
     path = out / "sweep.json"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if is_taken(out):
             go_on = " or --resume to go on with it" if path.is_file() else ""
             raise UsageError(f"--out {out} exists and is not empty; give another folder{go_on}")
         out.mkdir(parents=True, exist_ok=True)
