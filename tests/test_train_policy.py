@@ -17,8 +17,9 @@ from peft import PeftModel
 import perl_kernels as pk
 from perl.backbone import Backbone
 from perl.config import ReinforceConfig, UsageError, write_toml
+from perl.reward_sources import Prompt, Unrewarded, make_scorer
 from perl.rollout import generate
-from perl.train_policy import Prompt, learn, make_scorer, reward_returns, sampled_kl, train
+from perl.train_policy import learn, reward_returns, sampled_kl, train
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
 # The share of an answer's letters that are vowels.
@@ -283,7 +284,7 @@ def test_reward_models_folders_give_the_reward(world, kinds, ensemble):
         world, reward_function=None, reward_model=folders, ensemble=ensemble, micro_batch_size=2
     )
     backbone, rollout, _ = scene(world, "lora", "float32")
-    rewards = make_scorer(config, backbone)(rollout, [Prompt("", [])] * 3)
+    rewards = make_scorer(config, backbone, None)(rollout, [Prompt("", [])] * 3)
     alone = torch.stack([
         torch.cat([
             source.score("reward", ids[mask.bool()][None], mask[mask.bool()][None])
@@ -366,7 +367,7 @@ def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
         )
     )  # fmt: skip
     crash = dict(reward_function=f"{world / 'crash.py'}:vowels")
-    with pytest.raises(UsageError, match="raised AssertionError"):
+    with pytest.raises(Unrewarded, match="raised AssertionError"):
         train(make_config(world, "part", **settings | crash))
     assert (world / "part/checkpoints/step-2").is_dir()
     train(make_config(world, "part", **settings, resume=True))
