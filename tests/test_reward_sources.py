@@ -9,13 +9,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from _commands import read_jsonl, refused, run, write_jsonl
-from _tiny import save_tiny
+import torch
+from _commands import read_jsonl, refused, run, save_reward, write_jsonl
+from _tiny import SHAPE, save_tiny, tiny_model
 
-from perl import reward_sources
+from perl import cli, reward_sources
 from perl.backbone import Backbone
+from perl.cafe import build_tokenizer
 from perl.config import ReinforceConfig, UsageError
-from perl.reward_sources import RewardFailed, endpoint, load_reward_function
+from perl.reward_sources import RewardFailed, endpoint, load_reward_function, reencode
 
 # ---------------------------------------------------------------------------------- functions
 
@@ -267,3 +269,147 @@ def test_defaults_belong_to_their_source():
     assert (by_url.reward_timeout, by_url.reward_retries) == (180.0, 5)
     by_function = ReinforceConfig(**common, reward_function="f.py:f", reward_timeout=3)
     assert (by_function.reward_timeout, by_function.reward_retries) == (3.0, None)
+
+
+# --------------------------------------------------------------------------- failures in a run
+
+FAILING = """
+import os, time
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
+
+def vowels(prompts, completions):
+    CALLS.touch()
+    with CALLS.open("a") as calls:
+        calls.write(".")
+    if CALLS.stat().st_size == {at} and not os.environ.get("REPAIRED"):
+        {failure}
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+"""
+
+
+# Calls: 1 is step 0's samples, 2 the first validation; then one a step, and a validation every two.
+@pytest.mark.parametrize(
+    "at, failure, words, kept",
+    [
+        (7, "raise KeyError('latte')", "KeyError: 'latte' on line 12", 3),
+        (7, "time.sleep(60)", "longer than 2 s on line 12", 3),
+        (8, "return [float('inf')] * 9", "returned 9 rewards for 4 completions", 3),
+        (3, "raise KeyError('latte')", "KeyError", 0),
+    ],
+)
+def test_a_source_that_fails_in_a_run_loses_nothing(
+    tmp_path, base, capsys, monkeypatch, at, failure, words, kept
+):
+    (tmp_path / "reward.py").write_text(FAILING.format(at=at, failure=failure))
+    flags = reinforce(
+        tmp_path, "--reward-function", f"{tmp_path / 'reward.py'}:vowels", "--lora-dropout", 0.2,
+        "--steps", 5, "--lr", 1e-2, "--validation", tmp_path / "prompts.jsonl", "--validate-every",
+        2, "--reward-timeout", 2, "--checkpoint-every", 3,
+    )  # fmt: skip
+    code = cli.main([str(word) for word in flags])
+    said = capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "run"
+    assert words in said and code == (4 if kept else 2)
+    if kept:
+        assert f"step-{kept} is kept; go on with: python -m perl reinforce --out {folder}" in said
+    monkeypatch.setenv("REPAIRED", "1")
+    run(capsys, "reinforce", "--out", folder, "--resume")
+    flags[flags.index(folder)] = tmp_path / "whole"
+    run(capsys, *flags)
+    unlike = ("_s", "peak_memory_bytes")
+    found, wanted = (
+        [
+            {k: v for k, v in row.items() if not k.endswith(unlike)}
+            for row in read_jsonl(out / "metrics.jsonl")
+        ]
+        for out in (folder, tmp_path / "whole")
+    )
+    assert found == wanted and len(found) == 6
+    assert read_jsonl(folder / "samples.jsonl") == read_jsonl(tmp_path / "whole/samples.jsonl")
+
+
+# --------------------------------------------------------------- a model with its own tokenizer
+
+
+def save_stranger(folder, seed: int = 5, template: bool = False):
+    """A sequence classifier whose family and tokenizer are not the policy's; in transformers."""
+    tokenizer = build_tokenizer(["what would you like", "tea with milk", "scones?"], vocab_size=270)
+    if template:
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+    model = tiny_model("qwen2", seed, scalar=True, vocab_size=270)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_model_with_its_own_tokenizer_reads_the_text(tmp_path, base, capsys, template):
+    """Its scores are those of transformers' classifier for the text in its own tokens."""
+    model, tokenizer = save_stranger(tmp_path / "stranger", template=template)
+    ours = save_reward(tmp_path / "rm", base, 3)
+    prompts = PROMPTS
+    if template:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    run(capsys, *reinforce(
+        tmp_path, "--reward-model", tmp_path / "stranger", "--steps", 1, "--micro-batch-size", 1
+    ))  # fmt: skip
+    samples = read_jsonl(tmp_path / "run/samples.jsonl")
+    assert [sample["prompt"] for sample in samples[:4]] == prompts
+
+    def definition(prompt, text) -> float:
+        if template:
+            messages = [*prompt, {"role": "assistant", "content": text}]
+            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+            ids = ids["input_ids"]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([ids + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            return model(ids).logits.item()
+
+    wanted = [definition(sample["prompt"], sample["completion"]) for sample in samples]
+    assert [sample["reward"] for sample in samples] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert max(wanted) - min(wanted) > 1e-2
+    argv = [
+        "evaluate", "--model", base, "--data", tmp_path / "prompts.jsonl", "--max-new-tokens", 4,
+        "--temperature", 0, "--device", "cpu", "--reward-model",
+    ]  # fmt: skip
+    alone, other, both = (
+        json.loads(run(capsys, *argv, *folders))["reward"]
+        for folders in ([tmp_path / "stranger"], [ours], [tmp_path / "stranger", ours])
+    )
+    assert both == pytest.approx((alone + other) / 2, rel=1e-4) and alone != pytest.approx(other)
+    run(capsys, "generate", "--model", base, "--data", tmp_path / "prompts.jsonl",
+        "--max-new-tokens", 4, "--temperature", 0, "--out", tmp_path / "answers.jsonl")  # fmt: skip
+    answers = read_jsonl(tmp_path / "answers.jsonl")
+    wanted = [definition(row["prompt"], row["completion"]) for row in answers]
+    assert alone == pytest.approx(sum(wanted) / 4, rel=1e-4, abs=1e-5)
+
+
+def test_text_too_long_for_such_a_model_is_named_or_cut(tmp_path, base):
+    save_stranger(tmp_path / "stranger")
+    backbone = Backbone.load(base)
+    folder = tmp_path / "stranger"
+    with pytest.raises(UsageError, match="another tokenizer"):
+        backbone.load_role("reward", folder, scalar=True)
+    backbone.load_role("reward", folder, scalar=True, own_tokenizer=True)
+    tokenizer, context = backbone.tokenizer_of("reward"), SHAPE["max_position_embeddings"]
+    prompt = "what would you like " * 30
+    with pytest.raises(RewardFailed, match="what would you like .* at most 64 fit.*--truncate"):
+        reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=False)
+    (ids,) = reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=True)
+    tail = tokenizer("tea", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert len(ids) == context and ids[0] == tokenizer.bos_token_id and ids[-len(tail) :] == tail
+
+
+def test_an_adapter_of_another_base_is_no_model_of_its_own(tmp_path, base, capsys):
+    save_reward(tmp_path / "rm", save_tiny(tmp_path / "other", seed=9), 3)
+    said = refused(capsys, *reinforce(tmp_path, "--reward-model", tmp_path / "rm"))
+    assert "belongs to another base" in said and not (tmp_path / "run").exists()
