@@ -1,7 +1,8 @@
 """Training steps of contestants that live in a process each and take turns, step by step.
 
-The parent times them; a contestant tells figures of its own, its peak memory among them. Its
-process is spawned, so it imports what it needs and no more.
+The parent times them; a contestant tells figures of its own, its peak memory among them. For that
+its process imports what it needs and no more; where memory is not told, all are forked from one
+that has imported what any of them needs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 
 from benchmarks._bars import judge
-from benchmarks._measure import OURS, Case, Stopwatch, plain_stopwatch, summarise, time_on_cpu
+from benchmarks._measure import (
+    OURS,
+    Case,
+    Stopwatch,
+    fresh_processes,
+    plain_stopwatch,
+    summarise,
+    time_on_cpu,
+)
 from benchmarks._results import Row, backend_name
 
 # serve(turns, name, case) tells that it is ready, then does a step whenever a turn is its own;
@@ -60,7 +69,7 @@ def measure_turns(
         backend=backend_name(case.device, case.torch_dtype),
         median_s=median, spread=spread, rounds=len(times[OURS]),
         contestants=others, missing=missing,
-        memory={name: found["peak"] for name, found in figures.items()},
+        memory={name: found["peak"] for name, found in figures.items()} if case.weighed else {},
         memory_kind="peak of the process", errors=[errors], measures=measures, bars=[],
     )  # fmt: skip
     row.bars = judge(row)
@@ -94,7 +103,7 @@ class _Remote:
     """A contestant in its own process, that does a step when told to."""
 
     def __init__(self, serve: Serve, name: str, case: Case):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if case.weighed else fresh_processes()
         self.connection, there = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(serve, there, name, case, torch.get_num_threads()), daemon=True

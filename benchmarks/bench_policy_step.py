@@ -37,7 +37,7 @@ from torch import Tensor
 
 import perl_kernels as pk
 from benchmarks._measure import DTYPES, OURS, Case, Stopwatch, give_back_freed, shapes_for
-from benchmarks._results import Row
+from benchmarks._results import PHASES, Row
 from benchmarks._steps import Turns, measure_turns
 from benchmarks.bench_rollout import build, fill
 from perl import train_policy
@@ -51,6 +51,7 @@ from perl.train_policy import Clock
 from perl.training import lora_config
 
 ROOM, STEP = "policy_step", "step"
+PEERS = ("peft", "trl.trainer.rloo_trainer")
 FULL, EAGER, TRL = "full", "full, eager", "trl"
 SHAPES = {
     # 81 million parameters; at the smaller ones overheads weigh more
@@ -63,7 +64,6 @@ SHAPES = {
         "B": 64, "P": 128, "T": 128, "H": 2048, "L": 22, "F": 5632, "A": 32, "V": 32000, "R": 16,
     },
 }  # fmt: skip
-PHASES = ("rollout_s", "score_s", "learn_s")
 NEVER = 10**6  # steps until the end, a checkpoint or samples
 TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
 
@@ -71,7 +71,10 @@ TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
 def cases(preset: str) -> list[Case]:
     device = "cuda" if preset == "h200" else "cpu"
     dtypes = {"h200": ("bf16",), "tiny": ("fp32",)}.get(preset, ("bf16", "fp32"))
-    return [Case(ROOM, STEP, shapes_for(preset, dtype, SHAPES), dtype, device) for dtype in dtypes]
+    return [
+        Case(ROOM, STEP, shapes_for(preset, dtype, SHAPES), dtype, device, weighed=preset != "tiny")
+        for dtype in dtypes
+    ]
 
 
 @pytest.mark.timeout(3600)

@@ -47,6 +47,7 @@ from perl.cafe import build_tokenizer
 from perl.memory import PeakMemory
 
 ROOM = "reward_step"
+PEERS = ("peft", "trl.trainer.reward_trainer")
 STEP, TRL = "step", "step in TRL's RewardTrainer"
 CHECKPOINTED = f"{TRL}, checkpointing"
 CHECKS = {"h200": [STEP], "tiny": [STEP, CHECKPOINTED]}  # by preset; the others have all
@@ -71,7 +72,9 @@ def cases(preset: str) -> list[Case]:
     device = "cuda" if preset == "h200" else "cpu"
     dtypes = {"h200": ("bf16",), "tiny": ("fp32",)}.get(preset, ("bf16", "fp32"))
     return [
-        Case(ROOM, check, shapes_for(preset, dtype, SHAPES), dtype, device)
+        Case(
+            ROOM, check, shapes_for(preset, dtype, SHAPES), dtype, device, weighed=preset != "tiny"
+        )
         for check in CHECKS.get(preset, [STEP, TRL, CHECKPOINTED])
         for dtype in dtypes
     ]

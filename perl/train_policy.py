@@ -149,6 +149,8 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                 **peak_memory(peak),
             }
             last = step == config.steps
+            if last:
+                metrics["role_bytes"] = backbone.role_bytes()
             validated = held_out and (step % config.validate_every == 0 or last)
             if validated:
                 metrics |= evaluate(config, backbone, held_out, score)

@@ -252,10 +252,11 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
         "score_s", "learn_s", "step_s", "max_abs_dlogp", "mean_abs_dlogp", "peak_memory_bytes",
-        "policy_grad_norm", "value_grad_norm",
+        "policy_grad_norm", "value_grad_norm", "role_bytes",
     }  # fmt: skip
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
+    assert row["role_bytes"].keys() == {"policy", "value", "reference"}
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
     ids = torch.tensor([[1, 7, 9, 30]])
     with torch.no_grad():
