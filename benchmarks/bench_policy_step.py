@@ -9,8 +9,10 @@
 
 A step is B answers of T tokens to prompts of P tokens, the reward model's scores, the anchor's
 log-probabilities, and one update of AdamW of the policy and, but for trl, of the value model. No
-answer ends early. Each contestant lives in a process of its own, whose peak memory is told, and
-they take turns step by step; a trainer's loop waits for its turn. All start from the same weights.
+answer ends early. perl's trainer passes a quarter of the rows at a time, whatever is tuned, and so
+has a quarter of the activations. Each contestant lives in a process of its own, whose peak memory
+is told, and they take turns step by step; a trainer's loop waits for its turn. All start from the
+same weights.
 
 "rollout_s", "score_s" and "learn_s" are a step's phases, medians; trl's are not told.
 Letters beside the library's: P tokens of a prompt, T of an answer, L layers, F features inside the
@@ -64,6 +66,7 @@ SHAPES = {
         "B": 64, "P": 128, "T": 128, "H": 2048, "L": 22, "F": 5632, "A": 32, "V": 32000, "R": 16,
     },
 }  # fmt: skip
+MICRO_BATCHES = 4  # that score and learn are split into, where perl's trainer runs
 NEVER = 10**6  # steps until the end, a checkpoint or samples
 TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
 
@@ -115,7 +118,7 @@ def measure_step(case: Case, seconds: float, stopwatch: Stopwatch | None = None)
 
 def write_inputs(folder: Path, case: Case) -> None:
     """The base, a reward model as an adapter and one with weights of its own, and the prompts."""
-    tokenizer = build_tokenizer(["pad"], vocab_size=260)  # a token is a byte
+    tokenizer = build_tokenizer(["x"], vocab_size=260)  # a token is a byte
     build(case, ends=False).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     letters = random.Random(0)
@@ -140,7 +143,8 @@ def config_of(folder: Path, tuning: str, case: Case) -> ReinforceConfig:
         reward_model=[str(folder / f"reward-{tuning}")], out=str(folder / f"run-{tuning}"),
         tuning=tuning, lora_rank=s["R"], lora_alpha=2.0 * s["R"], lr=LR[tuning],
         dtype=str(case.torch_dtype).removeprefix("torch."), device=case.device,
-        prompts_per_step=s["B"], max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
+        prompts_per_step=s["B"], micro_batch_size=s["B"] // MICRO_BATCHES,
+        max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
         steps=NEVER, checkpoint_every=NEVER, samples_every=NEVER,
     )  # fmt: skip
 
