@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,17 @@ def check_processes(config: TrainConfig, batches: Batches) -> None:
         lengths = [len(example) for example in batches.examples]
         some = batches.examples[:: max(1, len(lengths) // 64)]
         distributed.check_same("--data", zlib.crc32(repr((lengths, some)).encode()))
+
+
+def bookmark(batches: Batches) -> Callable[[], None]:
+    """Marks where the data and this process's random numbers are; a call of it goes back there."""
+    state, rng = batches.state_dict(), capture_rng()
+
+    def go_back() -> None:
+        batches.load_state_dict(state)
+        restore_rng(rng)
+
+    return go_back
 
 
 def save(
