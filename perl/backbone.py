@@ -105,7 +105,9 @@ class Backbone:
     ) -> None:
         if tuning not in ("lora", "full"):
             raise UsageError(f"tuning is {tuning!r}: give lora or full")
-        _check_tokenizer(tokenizer, model, name)
+        planned = next(model.parameters()).is_meta  # no data to check, nor to tell the base by
+        if not planned:
+            _check_tokenizer(tokenizer, model, name)
         if any(isinstance(module, pk.LoRALayer) for module in model.modules()):
             raise UsageError(f"{name} carries adapters already: merge them into a plain model")
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
@@ -118,8 +120,9 @@ class Backbone:
         model.eval().requires_grad_(False)
         if tuning == "lora":
             pk.lean_blocks(model)  # before any role: the reference's bits are the same after one
-        self.identity = _identity(model, name)
-        _check_head(self)
+        if not planned:
+            self.identity = _identity(model, name)
+            _check_head(self)
 
     @classmethod
     def load(
@@ -305,6 +308,13 @@ class Backbone:
                 found[name] |= {"gradients": trained, "optimizer": 2 * trained}
         rest = set(self.model.parameters()) - own
         return found | ({"reference": {"weights": _bytes(rest)}} if rest else {})
+
+    def models(self) -> list[nn.Module]:
+        """The models and scalar heads of all roles, each once."""
+        parts = [self.model]
+        for role in self._roles.values():
+            parts += [role.model] if role.score is None else [role.model, role.score]
+        return list(dict.fromkeys(parts))
 
     def checkpoint_activations(self, name: str) -> None:
         """From now on the role's passes keep the inputs of decoder layers only.

@@ -711,6 +711,73 @@ class StudyConfig(Config):
     resume: bool = option(False, resumable=True, help="go on with what is not done yet")
 
 
+def _as_in(cls: type, name: str) -> Any:
+    """The option of that name of another command."""
+    field = cls.__dataclass_fields__[name]
+    return dataclasses.field(
+        default=field.default, default_factory=field.default_factory, metadata=field.metadata
+    )
+
+
+@dataclass(kw_only=True)
+class PlanConfig(Config):
+    """Peak memory and step time of trainings, full and with LoRA, from a model's config.json alone.
+
+    Memory is counted operation by operation, for batches whose rows are as long as --max-tokens.
+    Times are estimates: they want --machine, --probe, or --device-flops and --device-bandwidth.
+    """
+
+    model: str = option(help="model folder, config.json, hub name, or the folder of a run")
+    job: Literal["all", "sft", "reward", "reinforce"] = option("all", help="which trainer")
+    dtype: Literal["float32", "bfloat16"] = _as_in(ModelConfig, "dtype")
+    device: Literal["cpu", "cuda"] = option(
+        "cpu", help="whose memory: the process's (cpu), or that of torch's allocator (cuda)"
+    )
+    lora_rank: int = _as_in(TrainConfig, "lora_rank")
+    lora_dropout: float = _as_in(TrainConfig, "lora_dropout")
+    lora_targets: list[str] = _as_in(TrainConfig, "lora_targets")
+    batch_size: int = _as_in(SftConfig, "batch_size")
+    micro_batch_size: int = _as_in(TrainConfig, "micro_batch_size")
+    max_tokens: int = _as_in(TrainConfig, "max_tokens")
+    checkpoint_activations: bool = option(
+        False, help="reward: keep only the inputs of decoder layers, and run them again in backward"
+    )
+    prompts_per_step: int = _as_in(ReinforceConfig, "prompts_per_step")
+    max_new_tokens: int = _as_in(ReinforceConfig, "max_new_tokens")
+    kl_in: Literal["reward", "loss"] = _as_in(ReinforceConfig, "kl_in")
+    baseline: Literal["value", "batch_mean", "none"] = _as_in(ReinforceConfig, "baseline")
+    reward_models: int = option(
+        1, at_least=0, help="reinforce: how many score the answers; 0 = a function does"
+    )
+    devices: int = option(1, at_least=1, help="processes that share the batch, one device each")
+    shard: bool = _as_in(TrainConfig, "shard")
+    memory: float | None = option(
+        None, unit="GiB", above=0, help="of each device: also tell the largest batch that fits"
+    )
+    machine: Literal["h200", "h100", "a100", "l40s", "l4"] | None = option(
+        None, help="peaks of this GPU's data sheet, in 16 bits"
+    )
+    probe: bool = option(False, help="measure the peaks here, for two seconds")
+    device_flops: float | None = option(None, unit="FLOP/s", above=0, help="peak of products")
+    device_bandwidth: float | None = option(None, unit="bytes/s", above=0, help="peak of memory")
+    efficiency: float = option(
+        1.0, above=0, at_most=1, help="share of the peaks that a step is taken to reach"
+    )
+    json: bool = option(False, help="one JSON object in place of tables; bytes, seconds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.device_flops is None) != (self.device_bandwidth is None):
+            raise UsageError("--device-flops and --device-bandwidth go together; give both")
+        peaks = [self.machine is not None, self.probe, self.device_flops is not None]
+        if sum(peaks) > 1:
+            raise UsageError(
+                "--machine, --probe and --device-flops all say how fast the device is; give one"
+            )
+        if self.shard and self.devices == 1:
+            raise UsageError("--shard spreads the model over several --devices; give at least 2")
+
+
 # ---------------------------------------------------------------------------------------------
 # Files and flags
 
