@@ -157,14 +157,19 @@ def reencode(
     limit = Limit(backbone.context(role), truncate_prompts)
     for prompt, text in zip(prompts, completions, strict=True):
         answer = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        place = f"the {role} model's text of prompt {_short(prompt)} with its answer"
+        place = f"prompt {_short(prompt)} with its answer, in the tokens of the {role} model"
+        start = prompt_ids(prompt, tokenizer)
         try:
             end = answer_ids(prompt, answer, tokenizer, place)
-            start = prompt_ids(prompt, tokenizer)
-            start = limit.fit(start, len(end), place, tokenizer.bos_token_id)
-        except UsageError as error:
+        except UsageError as error:  # a chat template that rewrites what came before
             raise RewardFailed(str(error)) from error
-        sequences.append(start + end)
+        try:
+            sequences.append(limit.fit(start, len(end), place, tokenizer.bos_token_id) + end)
+        except UsageError:
+            raise RewardFailed(
+                f"{place}, is {len(start) + len(end)} long, and its context holds "
+                f"{limit.max_tokens}; give --truncate-prompts, or fewer --max-new-tokens"
+            ) from None
     return sequences
 
 

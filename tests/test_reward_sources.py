@@ -199,10 +199,14 @@ def test_endpoints_that_do_not_reward_are_named(server, plan, words, requests):
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte"]
 
 
+def make_base(folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    return save_tiny(folder / "base")
+
+
 @pytest.fixture
 def base(tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    return save_tiny(tmp_path / "base")
+    return make_base(tmp_path)
 
 
 def reinforce(tmp_path, *flags) -> list:
@@ -291,6 +295,39 @@ def vowels(prompts, completions):
 """
 
 
+def vowels(folder, at: int = 0, failure: str = "pass") -> list[str]:
+    """A training on a function that fails at that call."""
+    (folder / "reward.py").write_text(FAILING.format(at=at, failure=failure))
+    return list(map(str, reinforce(
+        folder, "--reward-function", f"{folder / 'reward.py'}:vowels", "--lora-dropout", 0.2,
+        "--steps", 5, "--lr", 1e-2, "--validation", folder / "prompts.jsonl", "--validate-every",
+        2, "--reward-timeout", 2, "--checkpoint-every", 3,
+    )))  # fmt: skip
+
+
+def lines_of(folder) -> tuple[list[dict], list[dict]]:
+    """Metrics, without times and memory, and samples."""
+    unlike = ("_s", "peak_memory_bytes")
+    metrics = [
+        {k: v for k, v in row.items() if not k.endswith(unlike)}
+        for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+    return metrics, read_jsonl(folder / "samples.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an uninterrupted run says."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_report", lambda config: None)
+        make_base(folder)
+        assert cli.main(vowels(folder)) == 0
+    metrics, samples = lines_of(folder / "run")
+    assert len(metrics) == 6 and len(samples) == 8
+    return metrics, samples
+
+
 # Calls: 1 samples, 2 and 3 validation; 4 step 1; 5 step 2, 6 and 7 validation; 8 step 3; 9 step 4,
 # 10 and 11 validation. A checkpoint is due at step 3, and a failure in steps 3 and 4 finds whole
 # what step 2 and 3 left; one in a validation comes behind the update.
@@ -304,15 +341,9 @@ def vowels(prompts, completions):
     ],
 )
 def test_a_source_that_fails_in_a_run_loses_nothing(
-    tmp_path, base, capsys, monkeypatch, at, failure, words, kept
+    tmp_path, base, capsys, monkeypatch, whole, at, failure, words, kept
 ):
-    (tmp_path / "reward.py").write_text(FAILING.format(at=at, failure=failure))
-    flags = reinforce(
-        tmp_path, "--reward-function", f"{tmp_path / 'reward.py'}:vowels", "--lora-dropout", 0.2,
-        "--steps", 5, "--lr", 1e-2, "--validation", tmp_path / "prompts.jsonl", "--validate-every",
-        2, "--reward-timeout", 2, "--checkpoint-every", 3,
-    )  # fmt: skip
-    code = cli.main([str(word) for word in flags])
+    code = cli.main(vowels(tmp_path, at, failure))
     said = capsys.readouterr().err.splitlines()[-1]
     folder = tmp_path / "run"
     assert words in said and code == (4 if kept else 2)
@@ -320,18 +351,7 @@ def test_a_source_that_fails_in_a_run_loses_nothing(
         assert f"step-{kept} is kept; go on with: python -m perl reinforce --out {folder}" in said
     monkeypatch.setenv("REPAIRED", "1")
     run(capsys, "reinforce", "--out", folder, "--resume")
-    flags[flags.index(folder)] = tmp_path / "whole"
-    run(capsys, *flags)
-    unlike = ("_s", "peak_memory_bytes")
-    found, wanted = (
-        [
-            {k: v for k, v in row.items() if not k.endswith(unlike)}
-            for row in read_jsonl(out / "metrics.jsonl")
-        ]
-        for out in (folder, tmp_path / "whole")
-    )
-    assert found == wanted and len(found) == 6
-    assert read_jsonl(folder / "samples.jsonl") == read_jsonl(tmp_path / "whole/samples.jsonl")
+    assert lines_of(folder) == whole
 
 
 # --------------------------------------------------------------- a model with its own tokenizer
@@ -406,7 +426,7 @@ def test_text_too_long_for_such_a_model_is_named_or_cut(tmp_path, base):
     backbone.load_role("reward", folder, scalar=True, own_tokenizer=True)
     tokenizer, context = backbone.tokenizer_of("reward"), SHAPE["max_position_embeddings"]
     prompt = "what would you like " * 30
-    with pytest.raises(RewardFailed, match="what would you like .* at most 64 fit.*--truncate"):
+    with pytest.raises(RewardFailed, match="what would you like .* holds 64; give --truncate"):
         reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=False)
     (ids,) = reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=True)
     tail = tokenizer("tea", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
