@@ -281,6 +281,32 @@ def summarise(times: dict[str, list[float]]) -> tuple[float, float, dict[str, di
     return median, (high - low) / median, contestants
 
 
+def ceilings(device: str, tiny: bool = False) -> list[tuple[str, str, float]]:
+    """(name, unit, value): this device's rates at a large copy and at torch's matrix products."""
+    on_cpu = device == "cpu"
+    copied, n = (2**20, 256) if tiny else (2**28, 2048) if on_cpu else (2**32, 8192)
+    dtypes = ["fp32"] if on_cpu else []
+    if not on_cpu or multiplies_bf16(instruction_sets()):
+        dtypes.append("bf16")
+
+    def median(one: Run) -> float:
+        run = {OURS: one}
+        times = time_on_cpu(run, 0.01) if on_cpu else time_on_gpu(run, 0.5, device)
+        return statistics.median(times[OURS])
+
+    def copy() -> float:
+        source = torch.ones(copied, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        return 2 * copied / median(lambda: (target.copy_(source),))
+
+    def product(dtype: str) -> float:
+        square = torch.randn(n, n, device=device).to(DTYPES[dtype])
+        return 2 * n**3 / median(lambda: (square @ square,))
+
+    products = [(f"{dtype} product of {n}²", "FLOP/s", product(dtype)) for dtype in dtypes]
+    return [("copy", "B/s", copy()), *products]
+
+
 def _that_run(run: dict[str, Run], missing: dict[str, str]) -> dict[str, Run]:
     """The contestants that run on this GPU; the others are missing, with the reason."""
     fitting = {}

@@ -160,13 +160,14 @@ def benchmark(preset: str, deadline: float, folders: list[Path]) -> Results:
     import torch
 
     from benchmarks import report
+    from benchmarks._measure import ceilings
     from benchmarks._results import Results, clocks
 
     device = "cpu" if preset == "tiny" else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: torch sees no GPU here; try --dry-run")
     results = Results.begin("gpu" if device == "cuda" else "gpu-dry-run", preset, device)
-    results.machine["ceilings"] = ceilings(device)
+    results.machine["ceilings"] = ceilings(device, tiny=preset == "tiny")
     results.write(folders)
     print("\n" + "\n".join(report.setting(results)), flush=True)
     try:
@@ -252,27 +253,6 @@ def in_order(found: list[Case]) -> list[Case]:
         return len(ORDER)
 
     return sorted(found, key=rank)
-
-
-def ceilings(device: str) -> list[tuple[str, str, float]]:
-    """(name, unit, value): what this device reaches at a copy and at a library's matrix product."""
-    import torch
-
-    from benchmarks._measure import OURS, time_on_cpu, time_on_gpu
-
-    elements, n = (2**32, 8192) if device == "cuda" else (2**20, 256)
-    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)  # elements bytes
-    target = torch.empty_like(source)
-    left, right = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-
-    def best(one: Any) -> float:
-        run = {OURS: one}
-        times = time_on_gpu(run, 0.5, device) if device == "cuda" else time_on_cpu(run, 0.01)
-        return sorted(times[OURS])[len(times[OURS]) // 2]
-
-    copied = 2 * source.numel() * source.element_size() / best(lambda: (target.copy_(source),))
-    multiplied = 2 * n**3 / best(lambda: (left @ right,))
-    return [("copy", "B/s", copied), (f"bf16 product of {n}²", "FLOP/s", multiplied)]
 
 
 if __name__ == "__main__":

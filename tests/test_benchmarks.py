@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _bars, _measure, _results, gpu, report
+from benchmarks import _bars, _limits, _measure, _results, _targets, gpu, report
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
 from perl import cli
@@ -341,12 +341,7 @@ def test_bad_blocks_are_errors(tmp_path, capsys, text, message):
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_committed_papers_agree_with_committed_results():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("dev/*.md")]:
-        text = path.read_text()
-        assert report.rewritten(text) == text, (
-            f"{path.name}: python -m benchmarks.report --readme {path.name}"
-        )
+def test_committed_files_are_named_for_their_machine():
     for path in _results.FOLDER.glob("*.json"):
         assert Results.load(path).stem == path.stem
 
@@ -444,23 +439,92 @@ def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
         assert [path.name for path in (folder / "study-h200").iterdir()] == ["study.json"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
-def test_the_papers_agree_with_the_committed_results(name):
-    paper = _results.FOLDER.parents[1] / name
-    assert "<!-- results:" in paper.read_text()
-    assert report.main(["--check", str(paper)]) == 0
+# ------------------------------------------------------------------------------------------------
+# What is made of all results
+# ------------------------------------------------------------------------------------------------
+
+
+def test_papers_and_figures_agree_with_the_committed_results():
+    assert all("<!-- results:" in paper.read_text() for paper in report.PAPERS)
+    assert not report.stale(_results.FOLDER, report.PAPERS), "python -m benchmarks.report --write"
 
 
 def test_every_committed_result_is_shown():
     shown = (_results.FOLDER / "README.md").read_text()
     for path in _results.FOLDER.glob("*.json"):
-        assert f"<!-- results:{path.stem} -->" in shown
+        assert f"### {path.stem}\n" in shown
 
 
-def test_the_figure_has_a_mark_for_each_contestant(tmp_path):
-    both = make_results(make_row(dtype="fp32"))
-    report.draw([both], tmp_path / "both.svg")
-    only = dict(list(both.rows[0].contestants.items())[:1])
-    report.draw([make_results(make_row(dtype="fp32", contestants=only))], tmp_path / "one.svg")
-    marks = [(tmp_path / f"{name}.svg").read_text().count("<use ") for name in ("both", "one")]
-    assert marks[0] > marks[1]  # its point and its entry in the legend
+def test_every_bar_stands_on_every_kind_of_machine():
+    slow = {"frozen": {"median_s": 1.0, "ratio": 1.21, "low": 1.2, "high": 1.3}}
+    full = make_results(make_row(dtype="fp32"), make_row(dtype="fp32", contestants=slow))
+    quick = make_results(make_row(dtype="fp32", contestants=slow), name="lora_linear-quick")
+    quick.preset, quick.machine = "quick", {**quick.machine, "cpu": "AMD"}
+    other = make_results(make_row(dtype="bf16"))  # on AVX2 torch has a fallback alone
+    table = _targets.targets([full, quick, other], "cpu")
+    assert table[0][5:] == ["AMD, avx2, 2 cores", "Some CPU @ 2.00GHz, avx2, 2 cores"]
+    bars = [bar for bar in _bars.BARS if bar.on == "cpu"]
+    assert len(table) == 1 + sum(1 if bar.dtype else 2 for bar in bars)
+    (mean,) = (n for n in table if n[1:3] == ["fp32", "ours/frozen ≤ 1.1"] and "lora_l" in n[0])
+    assert mean[3:] == ["1.05", "geometric mean, R16", "1.21 missed (quick)", "1.1 met"]
+    (worst,) = (n for n in table if n[1:3] == ["fp32", "ours/frozen ≤ 1.2"])
+    assert worst[4:] == ["each shape, R16", "1.21 missed (quick)", "1.21 missed"]
+    assert {n[6] for n in table if n[1] == "bf16"} == {"not measured"}
+    counted = _targets.counts(table)["AMD, avx2, 2 cores"]
+    assert counted["missed"] == 2 and sum(counted.values()) == len(table) - 1
+    gpu_table = _targets.targets([full], "gpu")
+    assert gpu_table[0][5:] == ["H200"] and {n[5] for n in gpu_table[1:]} == {"not measured"}
+
+
+def test_the_papers_table_has_ours_beside_it():
+    step = make_row(
+        room="reward_step", check="step", dtype="fp32", memory={"ours": 30, "full": 60},
+        contestants={"full": {"median_s": 1.0, "ratio": 0.625, "low": 0.6, "high": 0.7}},
+    )  # fmt: skip
+    small = make_results(step)
+    small.preset = "quick"
+    assert _targets.papers_table([small])[1][-2:] == ["74 %", "not measured"]
+    table = _targets.papers_table([make_results(step)])
+    assert table[0][-1] == "ours, Some CPU @ 2.00GHz, avx2, 2 cores, fp32"
+    assert [line[-1] for line in table[1:]] == ["50 %", "1.60×", "not measured", "not measured"]
+
+
+def test_the_share_of_the_limit():
+    row = make_row(dtype="fp32", median_s=2.0, measures={"flop_per_s": 3e9})
+    assert _limits.least_bytes(row) == 2 * 4 * (8 * 4 + 4 * 4 + 8 * 4)
+    product = ["fp32 product of 8²", "FLOP/s", 4e9]
+    assert _limits.share_of_limit(row, [["copy", "B/s", 1e9], product]) == 0.75
+    assert _limits.share_of_limit(row, [["copy", "B/s", 320.0], product]) == 1.0
+    assert _limits.share_of_limit(row, [["bf16 product of 8²", "FLOP/s", 4e9]]) is None
+    results = make_results(row)
+    results.machine["ceilings"] = [product]
+    assert "| 3 GFLOP/s | 75% |" in report.as_markdown(results)
+
+
+def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
+    results = make_results(make_row(dtype="fp32", check=_bars.DROPOUT))
+    results.machine["ceilings"] = [["copy", "B/s", 1e9], ["fp32 product of 8²", "FLOP/s", 4e9]]
+    results.write([tmp_path])
+    (tmp_path / "study-h200").mkdir()
+    (tmp_path / "study-h200/study.json").write_text("{}")
+    (tmp_path / "study-h200/table.md").write_text("| rank | <accuracy> |")
+    paper = tmp_path / "README.md"
+    paper.write_text(
+        "".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in report.MADE)
+    )
+    figures = ["overview", "peers-some-cpu-2-00ghz-avx2-2-cores-fp32",
+               "roofline-some-cpu-2-00ghz-avx2-2-cores"]  # fmt: skip
+    missing = report.stale(tmp_path, [paper])
+    assert missing == [paper, *(tmp_path / f"{name}.svg" for name in figures)]
+    written = report.write(tmp_path, [paper])
+    assert written == [*missing[1:], tmp_path / "report.html", paper]
+    assert not report.stale(tmp_path, [paper])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == len(figures) and 'src="http' not in page
+    assert "&lt;accuracy&gt;" in page and '<td class="none">not measured</td>' in page
+    drawn = (tmp_path / "overview.svg").read_text()
+    assert "LoRA layer with dropout, against PEFT" in drawn and "0.40" in drawn
+    assert "#1f6feb" not in drawn.split("</style>")[1] and "prefers-color-scheme:dark" in drawn
+    results.rows[0].contestants["peft"]["ratio"] = 0.5
+    results.write([tmp_path])
+    assert report.stale(tmp_path, [paper]) == missing[:3]  # the roofline has not moved
