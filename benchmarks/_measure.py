@@ -39,6 +39,12 @@ from perl.memory import PeakMemory
 OURS = "ours"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# What --against chooses from, by how the names of its contestants begin; "compile": all that
+# torch.compile has compiled. Ours, full tuning, plain torch and the limits are always there.
+PEERS = {
+    "peft": "peft", "trl": "trl", "liger": "liger_kernel", "unsloth": "unsloth",
+    "cce": "cut_cross_entropy", "compile": "",
+}  # fmt: skip
 Run = Callable[[], Sequence[Tensor]]
 # stopwatch(target, before_each_round, rounds) -> seconds of each call of target
 Stopwatch = Callable[[Callable, Callable, int], list[float]]
@@ -56,10 +62,18 @@ class Case:
     dropout_p: float = 0.0
     graphed: bool = False  # replayed from a CUDA graph, where launches would be most of the time
     weighed: bool = True  # its memory is measured too
+    against: tuple[str, ...] = tuple(PEERS)  # a choice of them
 
     def __str__(self) -> str:
         shape = " ".join(f"{letter}{size}" for letter, size in self.shape.items())
         return f"{self.check}, {self.dtype}, {shape}"
+
+    def meets(self, contestant: str) -> bool:
+        """Whether it is one of the peers that were chosen, or always there."""
+        if "compiled" in contestant:
+            return "compile" in self.against
+        chosen = {start: name in self.against for name, start in PEERS.items() if start}
+        return all(taken for start, taken in chosen.items() if contestant.startswith(start))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -120,7 +134,8 @@ def measure(
     """
     contest = contest_of(case)
     found = verify(contest.compare(), case)
-    run, missing = contest.run, dict(contest.missing)
+    run = {name: one for name, one in contest.run.items() if case.meets(name)}
+    missing = {name: why for name, why in contest.missing.items() if case.meets(name)}
     if case.device != "cpu":
         run = _that_run(run, missing)
         if case.graphed:
@@ -451,6 +466,7 @@ def gpu_peer(case: Case, module: str, name: str, missing: dict[str, str]) -> Any
     """`name` of a peer's module that runs on a GPU alone; None, and `missing` says why, without."""
     package = module.split(".")[0]
     if case.device == "cpu":
+        missing[package] = "runs on a GPU alone"
         return None
     if find_spec(package) is None:
         missing[package] = "not importable"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _bars, _limits, _measure, _results, _targets, gpu, report
+from benchmarks import _bars, _limits, _measure, _results, _targets, check, gpu, report
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
 from perl import cli
@@ -113,7 +113,27 @@ def test_peers_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
         "no_such_peer": "not importable",
         "peer_without_driver": "not importable: OSError: no driver",
     }
-    assert _measure.gpu_peer(replace(on_gpu, device="cpu"), "json", "loads", {}) is None
+    assert _measure.gpu_peer(replace(on_gpu, device="cpu"), "json", "loads", missing) is None
+    assert missing["json"] == "runs on a GPU alone"
+
+
+def test_peers_are_chosen_and_all_else_is_always_there():
+    def contest(case):
+        exact = torch.ones(4, dtype=torch.float64)
+        names = ["ours", "full", "mm", "peft", "peft compiled", "trl", "liger_kernel", "eager"]
+        compared = [Compared("y", torch.ones(4), torch.ones(4), exact)]
+        missing = {"unsloth": "not importable", "cuda": "no GPU"}
+        return Contest(dict.fromkeys(names, tuple), lambda: compared, missing=missing)
+
+    def met(*against):
+        case = Case("none", "none", {"N": 4}, "fp32", against=against)
+        row = _measure.measure(contest, case, seconds=0.0, weigh=False)
+        assert {"full", "mm", "eager"} <= row.contestants.keys() and "cuda" in row.missing
+        return {*row.contestants, *row.missing} - {"full", "mm", "eager", "cuda"}
+
+    assert met() == set()
+    assert met("peft", "unsloth") == {"peft", "unsloth"}
+    assert met("compile", "liger", "trl") == {"peft compiled", "liger_kernel", "trl"}
 
 
 def test_a_peer_that_fails_does_not_end_the_case():
@@ -365,8 +385,10 @@ def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
     done = command(
         "pytest", "benchmarks/bench_linear_kl.py", "--preset", "tiny",
         "--results", tmp_path / "kept", "--benchmark-json", exported, "-p", "no:cacheprovider",
+        "--against", "trl",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Ceilings measured in this run: copy" in done.stdout and "of limit" in done.stdout
     assert "linear_kl: forward (MiB: beyond inputs and outputs)" in done.stdout
     (path,) = (tmp_path / "kept").glob("linear_kl-tiny-*.json")
     rows = Results.load(path).rows
@@ -376,7 +398,11 @@ def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
     for one, row in zip(found, rows, strict=True):
         assert one["extra_info"]["contestants"] == row.contestants
         assert one["extra_info"]["errors"] == row.errors
-        assert one["extra_info"]["memory"] == row.memory and "bars" in one["extra_info"]
+        assert one["extra_info"]["memory"] == row.memory
+        assert [bar["met"] for bar in one["extra_info"]["bars"]]
+        assert one["extra_info"]["flops"] > 0 and one["extra_info"]["bytes"] > 0
+        assert one["extra_info"]["share_of_limit"] > 0
+        assert one["group"] == f"{row.room}: {row.check}"
         assert one["stats"]["median"] == row.median_s
 
 
@@ -405,7 +431,7 @@ def test_gpu_campaign_keeps_its_order_and_its_time(tmp_path, monkeypatch):
 
 def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys):
     wrong, right = gpu.cases("tiny")[:2]
-    monkeypatch.setattr(gpu, "cases", lambda preset: [wrong, right])
+    monkeypatch.setattr(gpu, "cases", lambda *chosen: [wrong, right])
     measure = _measure.measure
 
     def one_is_wrong(contest_of, case, seconds, **options):
@@ -528,3 +554,52 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     results.rows[0].contestants["peft"]["ratio"] = 0.5
     results.write([tmp_path])
     assert report.stale(tmp_path, [paper]) == missing[:3]  # the roofline has not moved
+
+
+# ------------------------------------------------------------------------------------------------
+# Whether something is lost
+# ------------------------------------------------------------------------------------------------
+
+
+def faster(low, ratio, high, **memory):
+    frozen = {"median_s": 1.0, "ratio": ratio, "low": low, "high": high}
+    return make_row(
+        contestants={"frozen": frozen, "ours, other": frozen},
+        memory={"ours": 30, "full": 60} | memory, memory_kind="peak of the process",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("now", "lost"),
+    [
+        (faster(0.9, 1.0, 1.1), []),
+        (faster(1.19, 1.3, 1.4), []),  # 30 % slower, but the spreads are 8 % apart
+        (faster(1.22, 1.3, 1.4), ["time over frozen"]),
+        (faster(0.4, 0.5, 0.6, ours=32), []),
+        (faster(0.4, 0.5, 0.6, ours=34), ["memory over full"]),
+        (make_row(shape={"N": 9, "D": 4, "O": 4, "R": 16}), []),
+    ],
+)
+def test_a_loss_is_beyond_the_spread(now, lost):
+    found = check.losses([faster(0.9, 1.0, 1.1)], [now])
+    assert [name.rpartition(", ")[2] for name in found] == lost
+
+
+def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
+    committed = make_results(faster(0.9, 1.0, 1.1), name="lora_linear-quick")
+    committed.preset = "quick"
+    arguments = ["--results", str(tmp_path)]
+    committed.write([tmp_path])
+    assert check.main(arguments) == 0
+    assert "nothing is committed for" in capsys.readouterr().out
+    monkeypatch.setattr(check, "machine", lambda: committed.machine)
+    runs = []
+    monkeypatch.setattr(check, "measure", lambda room, threads: [runs.pop(0)])
+    slow, same = faster(1.5, 1.6, 1.7), faster(0.9, 1.0, 1.1)
+    for given, code, left in (([same, slow], 0, 1), ([slow, same], 0, 0), ([slow, slow], 1, 0)):
+        runs[:] = given
+        assert check.main(arguments) == code and len(runs) == left
+    assert (
+        "forward + backward, bf16 N8 D4 O4 R16, time over frozen: 1.60" in capsys.readouterr().out
+    )
+    assert check.main([*arguments, "--rooms", "lora_mlp"]) == 0
