@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import growth
 from benchmarks._bars import DROPOUT, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
-from benchmarks._results import Results, Row, multiplies_bf16
+from benchmarks._results import Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import kinds
 
 # light -> dark; the ink, the faint lines, then what is drawn
@@ -26,6 +27,7 @@ COLOURS = {
     "#1b2026": "#e6edf3", "#8b949e": "#768390", "#1f6feb": "#6cb0ff", "#d9480f": "#ff9657",
     "#1a7f37": "#5fd068", "#8250df": "#c9a2ff", "#9a6700": "#e3b341", "#cf222e": "#ff8f88",
 }  # fmt: skip
+GIGA = 1e9
 INK, FAINT, OURS, THEIRS, *MORE = COLOURS
 STYLE = {
     "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
@@ -94,6 +96,8 @@ def pictures(results: Sequence[Results]) -> list[Picture]:
     for on in ("gpu", "cpu"):
         for machine, of_kind in kinds(results, on).items():
             found += [*peers(machine, of_kind), roofline(machine, of_kind)]
+    found += [scaling(one) for one in results if one.name == growth.NAME]
+    found += [phases(machine, of_kind) for machine, of_kind in kinds(results, "cpu").items()]
     return [picture for picture in found if picture]
 
 
@@ -280,18 +284,117 @@ def _draw_roofline(data: dict, figure: Any) -> None:
         if dtype == "copy":
             continue
         ridge = min(max(peak / copy, left), right)
-        axes.plot([left, ridge, right], [left * copy, min(peak, ridge * copy), peak], color=INK)
+        roof = [left * copy / GIGA, min(peak, ridge * copy) / GIGA, peak / GIGA]
+        axes.plot([left, ridge, right], roof, color=INK)
         axes.annotate(
-            f"{dtype} product, {peak / 1e9:,.0f} GFLOP/s", (right, peak), (0, 3),
+            f"{dtype} product: {peak / GIGA:,.0f} GFLOP/s", (right, peak / GIGA), (0, 3),
             textcoords="offset points", ha="right",
         )  # fmt: skip
+    axes.annotate(
+        f"copy: {copy / GIGA:,.0f} GB/s", (left, left * copy / GIGA), (8, 0),
+        textcoords="offset points",
+    )  # fmt: skip
     for (label, line), colour, marker in zip(
         points.items(), [OURS, THEIRS, *MORE] * 4, "osD^vPX*" * 3, strict=False
     ):
-        axes.plot(
-            *zip(*line, strict=True), marker, color=colour, label=label, markersize=5, alpha=0.8
-        )
+        work, rate = zip(*line, strict=True)
+        reached = [value / GIGA for value in rate]
+        axes.plot(work, reached, marker, color=colour, label=label, markersize=5, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
-    axes.set(xlabel="FLOPs per byte", ylabel="FLOP/s")
+    axes.set(xlabel="FLOPs per byte", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain(axis)
     axes.grid(which="major")
     figure.legend(loc="outside right upper")
+
+
+# ------------------------------------------------------------------------------------------------
+# Growth
+# ------------------------------------------------------------------------------------------------
+
+
+def scaling(results: Results) -> Picture | None:
+    """Time and memory over one size at a time."""
+    found = growth.curves(results)
+    machine = kind_of(results.machine)
+    return found and Picture(
+        file_name(growth.NAME, machine),
+        f"How cost grows: {machine}",
+        "Both axes are logarithmic; a number is the fitted exponent with its standard error, 1 "
+        "where cost is proportional to the size, 0 where it does not grow.",
+        found,
+        _draw_scaling,
+        (9.5, 2.4 * len(found)),
+    )
+
+
+def _draw_scaling(found: list[dict], figure: Any) -> None:
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    units = {"time": ("s", 1.0), "memory": ("MiB", 2**20)}
+    for curve, row in zip(found, grid, strict=True):
+        for (cost, (unit, size)), axes in zip(units.items(), row, strict=True):
+            for (name, line), colour in zip(
+                curve[cost].items(), (OURS, THEIRS, *MORE), strict=False
+            ):
+                values = [value / size for value in line["values"]]
+                label = f"{name}: {line['slope']:.2f} ± {line['error']:.2f}"
+                axes.plot(line["sizes"], values, "o-", color=colour, label=label, markersize=4)
+            axes.set(xscale="log", yscale="log", ylabel=unit, title=f"{cost} over {curve['title']}")
+            sizes = sorted({n for line in curve[cost].values() for n in line["sizes"]})
+            told = [f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n:,.0f}" for n in sizes]
+            axes.set_xticks(sizes, told)
+            axes.minorticks_off()
+            _plain(axes.yaxis, (1.0, 2.0, 5.0))
+            axes.grid(which="major")
+            if curve[cost]:
+                axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _plain(axis: Any, subs: tuple[float, ...] = (1.0,)) -> None:
+    """Numbers as they are on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ------------------------------------------------------------------------------------------------
+# Phases of a step
+# ------------------------------------------------------------------------------------------------
+
+PHASES = {"rollout_s": "sampling", "score_s": "scoring and anchor", "learn_s": "learning"}
+
+
+def phases(machine: str, of_kind: Sequence[Results]) -> Picture | None:
+    """Where a step of REINFORCE spends its time, ours and whoever else tells."""
+    lines = {}
+    for one in of_kind:
+        for row in one.rows:
+            for name in ("ours", *row.contestants):
+                keys = [key if name == "ours" else f"{key}, {name}" for key in PHASES]
+                if one.preset != "quick" and all(key in row.measures for key in keys):
+                    lines[f"{row.room}, {row.dtype}: {name}"] = [row.measures[k] for k in keys]
+    return lines and Picture(
+        file_name("phases", machine),
+        f"A step of REINFORCE by its phases: {machine}",
+        "Medians, at the sizes of preset full.",
+        lines,
+        _draw_phases,
+        (9.5, 1.2 + 0.4 * len(lines)),
+    )
+
+
+def _draw_phases(lines: dict[str, list[float]], figure: Any) -> None:
+    axes = figure.subplots()
+    left = [0.0] * len(lines)
+    for i, (label, colour) in enumerate(zip(PHASES.values(), (OURS, THEIRS, *MORE), strict=False)):
+        values = [found[i] for found in lines.values()]
+        axes.barh(range(len(lines)), values, 0.6, left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(lines)), list(lines))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("s")
+    figure.legend(loc="outside upper center", ncols=len(PHASES))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks._bars import TRAIN
+from benchmarks._bars import PROJECTIONS, TRAIN
 from benchmarks._results import Row
 
 Ceilings = Sequence[Sequence]  # (name, unit, value); a product's name begins with its dtype
@@ -28,6 +28,7 @@ def least_bytes(row: Row) -> float | None:
     if "byte_per_s" in row.measures:
         return row.measures["byte_per_s"] * row.median_s
     n, d, o, h, v, f = (row.shape.get(letter, 0) for letter in "NDOHVF")
+    o *= 3 if row.check == PROJECTIONS else 1
     elements = {
         "lora_linear": n * d + d * o + n * o,
         "multi_lora_linear": n * d + d * o + n * o,

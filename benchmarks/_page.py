@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import growth, report
 from benchmarks._figures import Picture
-from benchmarks._results import Results
+from benchmarks._results import Results, kind_of
 from benchmarks._targets import Table, counts, papers_table, targets
 
 
@@ -27,8 +27,10 @@ def page(results: Sequence[Results], pictures: Sequence[Picture], studies: Seque
         ("", _picture(first) if first else ""),
         ("Every bar", "".join(_targets(results))),
         ("Table 1 of arXiv 2403.10704, and ours", table(papers_table(results))),
+        ("How cost grows", "".join(map(_growth, results))),
         ("Figures", "".join(map(_picture, others))),
         *((f"Study: {folder.name}", _study(folder)) for folder in studies),
+        ("Not measured", _absent(pictures, studies)),
         ("Every row", "".join(map(_rows, results))),
     ]
     body = "".join(
@@ -63,6 +65,12 @@ def _targets(results: Sequence[Results]) -> Iterator[str]:
         yield f"</ul><details open><summary>{len(lines) - 1} bars</summary>{table(lines)}</details>"
 
 
+def _growth(results: Results) -> str:
+    if results.name != growth.NAME:
+        return ""
+    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(growth.table(results))}"
+
+
 def _picture(picture: Picture) -> str:
     return (
         f"<figure><figcaption><b>{escape(picture.title)}.</b> {escape(picture.note)}</figcaption>"
@@ -79,6 +87,27 @@ def _study(folder: Path) -> str:
     text, figure = folder / "table.md", folder / "figure.svg"
     shown = f"<pre>{escape(text.read_text())}</pre>" if text.is_file() else ""
     return shown + (_image(figure.read_text(), folder.name) if figure.is_file() else "")
+
+
+# What a page may show -> how its name begins, and what measures it.
+_KNOWN = {
+    "Roofline": ("roofline", "python -m perl bench kernels --preset cpu"),
+    "How cost grows": ("growth", "python -m benchmarks.growth"),
+    "A step of REINFORCE by its phases": ("phases", "python -m perl bench policy --preset cpu"),
+    "Accuracy against rank": ("study-reward", "python -m perl study reward"),
+    "Reward against KL": ("study-policy", "python -m perl study policy"),
+}
+
+
+def _absent(pictures: Sequence[Picture], studies: Sequence[Path]) -> str:
+    names = [picture.name for picture in pictures]
+    names += ["study-policy" if "policy" in path.name else "study-reward" for path in studies]
+    lines = [
+        f"<li>{what}: <code>{command}</code></li>"
+        for what, (start, command) in _KNOWN.items()
+        if not any(name.startswith(start) for name in names)
+    ]
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
 
 
 def _rows(results: Results) -> str:

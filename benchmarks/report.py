@@ -7,7 +7,7 @@
 
 A block is what stands between `<!-- results:NAME -->`, or `<!-- results:NAME bars -->` for the bars
 alone, and `<!-- /results -->`. NAME is a file of benchmarks/results without `.json`, or one of
-`MADE`: targets-cpu, targets-gpu, table-1, figures, files.
+`MADE`: targets-cpu, targets-gpu, table-1, growth, figures, files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import ROOT, _targets
+from benchmarks import ROOT, _targets, growth
 from benchmarks._bars import geomeans
 from benchmarks._figures import pictures
 from benchmarks._limits import Ceilings, share_of_limit
-from benchmarks._results import CLOCKS, FOLDER, Results, Row, multiplies_bf16
+from benchmarks._results import CLOCKS, FOLDER, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import Table
 
 BLOCK = re.compile(
@@ -337,6 +337,12 @@ def _figures(results: Sequence[Results]) -> str:
     return "\n\n".join(shown) + "\n"
 
 
+def _growth(results: Sequence[Results]) -> str:
+    found = [one for one in results if one.name == growth.NAME]
+    told = (f"{kind_of(one.machine)}\n\n{_piped(growth.table(one))}\n" for one in found)
+    return "\n".join(told) or "Not measured: `python -m benchmarks.growth`\n"
+
+
 def _files(results: Sequence[Results]) -> str:
     return "\n".join(f"### {one.stem}\n\n{as_markdown(one)}" for one in results)
 
@@ -344,7 +350,7 @@ def _files(results: Sequence[Results]) -> str:
 # Blocks that are made of all results: every bar on every machine, the paper's table, ...
 MADE: dict[str, Callable[[Sequence[Results]], str]] = {
     "targets-cpu": _bars_everywhere("cpu"), "targets-gpu": _bars_everywhere("gpu"),
-    "table-1": _papers_table, "figures": _figures, "files": _files,
+    "table-1": _papers_table, "growth": _growth, "figures": _figures, "files": _files,
 }  # fmt: skip
 
 

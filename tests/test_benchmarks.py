@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _bars, _limits, _measure, _results, _targets, check, gpu, report
+from benchmarks import (
+    _bars,
+    _figures,
+    _limits,
+    _measure,
+    _results,
+    _targets,
+    check,
+    gpu,
+    growth,
+    report,
+)
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
 from perl import cli
@@ -548,6 +559,9 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/svg+xml") == len(figures) and 'src="http' not in page
     assert "&lt;accuracy&gt;" in page and '<td class="none">not measured</td>' in page
+    absent = page[page.index("<h2>Not measured") :]
+    assert "Reward against KL" in absent and "How cost grows" in absent
+    assert "Roofline" not in absent and "Accuracy against rank" not in absent
     drawn = (tmp_path / "overview.svg").read_text()
     assert "LoRA layer with dropout, against PEFT" in drawn and "0.40" in drawn
     assert "#1f6feb" not in drawn.split("</style>")[1] and "prefers-color-scheme:dark" in drawn
@@ -603,3 +617,89 @@ def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
         "forward + backward, bf16 N8 D4 O4 R16, time over frozen: 1.60" in capsys.readouterr().out
     )
     assert check.main([*arguments, "--rooms", "lora_mlp"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# How cost grows
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_exponent_and_its_standard_error():
+    assert growth.exponent([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx((2.0, 0.0), abs=1e-7)
+    # by hand: x = -1, 0, 1 in units of log 2, y = 0, 1, 0: slope 0, residuals -1/3, 2/3, -1/3
+    slope, error = growth.exponent([1, 2, 4], [1, 2, 1])
+    assert slope == pytest.approx(0.0) and error == pytest.approx((1 / 3) ** 0.5)
+    with pytest.raises(ValueError, match="wants three points above 0"):
+        growth.exponent([1, 2], [1, 2])
+
+
+def grown(case):
+    """A row whose time is linear and whose memory is flat in V."""
+    seconds = 1e-6 * case.shape["V"]
+    eager = {"median_s": seconds**2, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    return make_row(
+        room=case.room, check=case.check, shape=case.shape, dtype=case.dtype, median_s=seconds,
+        contestants={"eager": eager}, memory={"ours": MIB},
+    )  # fmt: skip
+
+
+def test_sweeps_go_on_where_they_were_and_are_drawn(tmp_path, monkeypatch, capsys):
+    (sweep,) = (one for one in growth.SWEEPS if one.title == "vocabulary")
+    monkeypatch.setattr(growth, "SWEEPS", (sweep,))
+    monkeypatch.setattr(growth, "ceilings", lambda device: [("copy", "B/s", 1e9)])
+    measured = []
+
+    def point(case):
+        measured.append(case.shape["V"])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return grown(case)
+
+    monkeypatch.setattr(growth, "point", point)
+    with pytest.raises(KeyboardInterrupt):
+        growth.main(["--results", str(tmp_path)])
+    assert growth.main(["--results", str(tmp_path)]) == 0
+    assert measured == [4000, 8000, 16000, 16000, 32000, 64000]
+    assert "1.00 ± 0.00" in capsys.readouterr().out
+    (path,) = tmp_path.glob("growth-*.json")
+    results = Results.load(path)
+    assert [row.shape["V"] for row in results.rows] == [4000, 8000, 16000, 32000, 64000]
+    lines = growth.table(results)[1:]
+    assert lines == [
+        ["vocabulary", "linear_log_prob", "4,000", "64,000", "ours", "1.00 ± 0.00", "0.00 ± 0.00"],
+        [
+            "vocabulary",
+            "linear_log_prob",
+            "4,000",
+            "64,000",
+            "eager",
+            "2.00 ± 0.00",
+            "not measured",
+        ],
+    ]
+    (picture,) = _figures.pictures([results])
+    drawn = picture.svg()
+    assert picture.name.startswith("growth-") and "eager: 2.00 ± 0.00" in drawn
+    assert not _targets.kinds([results], "cpu")  # bars are set for other sizes
+    results.versions["torch"] = "another"
+    results.write([tmp_path])
+    assert not growth.begun(tmp_path).rows
+
+
+def test_every_sweep_is_of_cases_that_its_room_can_measure():
+    for sweep in growth.SWEEPS:
+        (like, *_) = import_module(f"benchmarks.bench_{sweep.room}").cases("full")
+        for case in sweep.cases():
+            assert case.shape.keys() == like.shape.keys() and len(sweep.shapes) >= 3
+
+
+def test_phases_of_a_step_are_drawn():
+    times = {"rollout_s": 2.0, "score_s": 0.5, "learn_s": 1.0}
+    theirs = {f"{phase}, frozen": 2 * value for phase, value in times.items()}
+    row = make_row(dtype="fp32", measures=times | theirs)
+    (picture,) = (p for p in _figures.pictures([make_results(row)]) if "phases" in p.name)
+    assert picture.data == {
+        "lora_linear, fp32: ours": [2.0, 0.5, 1.0],
+        "lora_linear, fp32: frozen": [4.0, 1.0, 2.0],
+    }
+    assert "scoring and anchor" in picture.svg()
