@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import growth
 from benchmarks._bars import DROPOUT, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
-from benchmarks._results import Results, Row, kind_of, multiplies_bf16
+from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import kinds
 
 # light -> dark; the ink, the faint lines, then what is drawn
@@ -97,7 +97,8 @@ def pictures(results: Sequence[Results]) -> list[Picture]:
         for machine, of_kind in kinds(results, on).items():
             found += [*peers(machine, of_kind), roofline(machine, of_kind)]
     found += [scaling(one) for one in results if one.name == growth.NAME]
-    found += [phases(machine, of_kind) for machine, of_kind in kinds(results, "cpu").items()]
+    for on in ("gpu", "cpu"):
+        found += [phases(machine, of_kind) for machine, of_kind in kinds(results, on).items()]
     return [picture for picture in found if picture]
 
 
@@ -363,18 +364,28 @@ def _plain(axis: Any, subs: tuple[float, ...] = (1.0,)) -> None:
 # Phases of a step
 # ------------------------------------------------------------------------------------------------
 
-PHASES = {"rollout_s": "sampling", "score_s": "scoring and anchor", "learn_s": "learning"}
+NAMES = dict(zip(PHASES, ("sampling", "scoring and anchor", "learning"), strict=True))
+
+
+def phases_of(row: Row) -> dict[str, list[float]]:
+    """Seconds of each of PHASES, by the contestant that tells all of them."""
+    found = {}
+    for name in ("ours", *row.contestants):
+        keys = [phase if name == "ours" else f"{phase}, {name}" for phase in PHASES]
+        if all(key in row.measures for key in keys):
+            found[name] = [row.measures[key] for key in keys]
+    return found
 
 
 def phases(machine: str, of_kind: Sequence[Results]) -> Picture | None:
     """Where a step of REINFORCE spends its time, ours and whoever else tells."""
-    lines = {}
-    for one in of_kind:
-        for row in one.rows:
-            for name in ("ours", *row.contestants):
-                keys = [key if name == "ours" else f"{key}, {name}" for key in PHASES]
-                if one.preset != "quick" and all(key in row.measures for key in keys):
-                    lines[f"{row.room}, {row.dtype}: {name}"] = [row.measures[k] for k in keys]
+    lines = {
+        f"{row.dtype}: {name}": times
+        for one in of_kind
+        if one.preset != "quick"
+        for row in one.rows
+        for name, times in phases_of(row).items()
+    }
     return lines and Picture(
         file_name("phases", machine),
         f"A step of REINFORCE by its phases: {machine}",
@@ -388,7 +399,7 @@ def phases(machine: str, of_kind: Sequence[Results]) -> Picture | None:
 def _draw_phases(lines: dict[str, list[float]], figure: Any) -> None:
     axes = figure.subplots()
     left = [0.0] * len(lines)
-    for i, (label, colour) in enumerate(zip(PHASES.values(), (OURS, THEIRS, *MORE), strict=False)):
+    for i, (label, colour) in enumerate(zip(NAMES.values(), (OURS, THEIRS, *MORE), strict=False)):
         values = [found[i] for found in lines.values()]
         axes.barh(range(len(lines)), values, 0.6, left, color=colour, label=label)
         left = [a + b for a, b in zip(left, values, strict=True)]

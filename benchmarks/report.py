@@ -20,9 +20,9 @@ from pathlib import Path
 
 from benchmarks import ROOT, _targets, growth
 from benchmarks._bars import geomeans
-from benchmarks._figures import pictures
+from benchmarks._figures import phases_of, pictures
 from benchmarks._limits import Ceilings, share_of_limit
-from benchmarks._results import CLOCKS, FOLDER, Results, Row, kind_of, multiplies_bf16
+from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import Table
 
 BLOCK = re.compile(
@@ -70,6 +70,12 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
+def phases(row: Row) -> str:
+    """How the step of each contestant that tells it is split."""
+    found = phases_of(row).items()
+    return "; ".join(f"{name} {' + '.join(map(seconds, times))}" for name, times in found)
+
+
 def limit(bar: dict, value: float | None) -> str:
     if value is None:
         return ""
@@ -99,15 +105,8 @@ def rows_table(rows: Sequence[Row], ceilings: Ceilings = ()) -> Table:
     """One line per case. `vs NAME` is the time of ours over theirs: below 1, ours is faster."""
     names = list(dict.fromkeys(n for row in rows for n in [*row.contestants, *row.missing]))
     heavy = ["ours", *dict.fromkeys(n for row in rows for n in row.memory if n != "ours")]
-    header = [
-        "type",
-        "shape",
-        "ours",
-        "spread",
-        "rate",
-        "of limit",
-        *(f"vs {name}" for name in names),
-    ]
+    header = ["type", "shape", "ours", "spread", "rate", "of limit", *(f"vs {n}" for n in names)]
+    header += [" + ".join(phase.removesuffix("_s") for phase in PHASES)]
     header += [f"MiB: {', '.join(heavy)}", "error: ours, plain", "bar", "met"]
     table = [header]
     for row in rows:
@@ -124,6 +123,7 @@ def rows_table(rows: Sequence[Row], ceilings: Ceilings = ()) -> Table:
                 rate(row),
                 percent(share_of_limit(row, ceilings)),
                 *ratios,
+                phases(row),
                 ", ".join(weights) if row.memory else "not measured",
                 errors_of(row),
                 "; ".join(bar_text(bar) for bar in row.bars) or "–",
