@@ -94,9 +94,9 @@ def measure_step(case: Case, seconds: float, stopwatch: Stopwatch | None = None)
     """
     names, missing = [OURS, FULL, EAGER], {}
     absent = [package for package in ("trl", "peft") if find_spec(package) is None]
-    if absent:
+    if absent and case.meets(TRL):
         missing[TRL] = f"{absent[0]} is not installed"
-    else:
+    elif case.meets(TRL):
         names.append(TRL)
 
     def errors_of(told: dict[str, Any]) -> dict[str, Any]:
