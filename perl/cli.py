@@ -32,7 +32,7 @@ COMMANDS = {
     "export": (cfg.ExportConfig, "perl.export:export", "a trained model for transformers or PEFT"),
     "average": (cfg.AverageConfig, "perl.export:average", "one model from several runs' weights"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
-    "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
+    "study": (cfg.StudyConfig, "perl.studies:run", "LoRA ranks beside full tuning, in tables"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
 }
 
