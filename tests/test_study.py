@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from perl import cli, stories, studies, study
-from perl.config import ReinforceConfig, StudyConfig, UsageError, make
+from perl.config import StudyConfig, UsageError, make
 from perl.run import Interrupted
-from perl.study_policy import CAFE_ANSWERS, COFFEE_ANSWERS, TASKS, PolicyStudy
+from perl.study_policy import CAFE_ANSWERS, TASKS, PolicyStudy
 from perl.study_reward import CAFE_PAIRS, RewardStudy
 
 
@@ -213,7 +213,10 @@ def test_the_plan_of_policies(tmp_path, shared_data):
     for task in TASKS:
         reward = plan.flags(task, task.family.chosen, "full")
         assert ("reward_model" in reward) != ("reward_function" in reward)
-    make(ReinforceConfig, plan.flags(COFFEE_ANSWERS, "5 layers", "rank 8") | {"out": "run"})
+    for job in [job for job in jobs(plan) if not job.lr_of]:  # what the commands would be given
+        cls, _, _ = cli.COMMANDS[job.command]
+        flags = {name: value for name, value in job.flags.items() if name != "sweep"}
+        make(cls, flags | {"out": "run"})
 
 
 def test_tables_bars_and_figure_of_policies(tmp_path, alone, pretended, monkeypatch, capsys):
