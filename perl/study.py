@@ -66,8 +66,11 @@ class Task:
     validation: str
     recipe: dict[str, Any]  # flags of every cell
     sweep: dict[str, str]  # tuning -> learning rates to choose from
-    seeds: int
+    seeds: tuple[int, ...]  # of each size
     seconds: tuple[float, ...]  # a cell's at each size, for the progress bar
+
+    def seeds_of(self, size: str) -> int:
+        return self.seeds[self.family.sizes.index(size)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ def in_few_steps(task: Any, sizes: int, **few: Any) -> Any:
         family=replace(task.family, sizes=task.family.sizes[-sizes:], warm_up=warm_up),
         recipe=task.recipe | few,
         sweep=dict.fromkeys(task.sweep, "1e-3"),
-        seeds=1,
+        seeds=(1,) * sizes,
     )
 
 
@@ -305,12 +308,12 @@ class Study:
 
     def cells(self) -> Iterator[Iterator[Job]]:
         """All of one seed before the next: a study that is stopped has whole tables."""
-        for seed in range(max((task.seeds for task in self.preset.tasks), default=0)):
+        for seed in range(max((n for task in self.preset.tasks for n in task.seeds), default=0)):
             yield (
                 self.cell(task, size, arm, seed)
                 for task in self.preset.tasks
-                if seed < task.seeds
                 for size in task.family.sizes
+                if seed < task.seeds_of(size)
                 for arm in self.preset.arms
                 if self.cell_name(task, size, arm, seed).startswith("cells")
             )

@@ -107,7 +107,7 @@ CAFE_ANSWERS = PolicyTask(
         steps=250, prompts_per_step=32, max_new_tokens=40, beta=0.4, validate_every=50, **RUN
     ),
     sweep={"lora": "7e-4,1.5e-3", "full": "3e-4,6e-4"},
-    seeds=3,
+    seeds=(3,),
     seconds=(80.0,),
 )  # fmt: skip
 COFFEE_ANSWERS = PolicyTask(
@@ -128,7 +128,7 @@ COFFEE_ANSWERS = PolicyTask(
         steps=80, prompts_per_step=16, max_new_tokens=40, beta=0.1, validate_every=20, **RUN, **CUT
     ),
     sweep={"lora": "1e-3,2e-3", "full": "1e-4,3e-4"},
-    seeds=1,
+    seeds=(1,),
     seconds=(120.0,),
 )  # fmt: skip
 STORY_ANSWERS = PolicyTask(
@@ -144,7 +144,7 @@ STORY_ANSWERS = PolicyTask(
         steps=100, prompts_per_step=32, max_new_tokens=64, beta=0.05, validate_every=20, **RUN
     ),
     sweep={"lora": "1e-3,2e-3", "full": "3e-4,1e-3"},
-    seeds=2,
+    seeds=(2,),
     seconds=(90.0,),
 )
 
@@ -257,7 +257,7 @@ class PolicyStudy(Study):
             yield (
                 self.judged(task, arm, seed)
                 for task in judged
-                if seed < task.seeds
+                if seed < task.seeds_of(task.family.chosen)
                 for arm in self.preset.arms
             )
 
@@ -355,7 +355,7 @@ class PolicyStudy(Study):
         """What is told of the arm: the judge's opinion, or else the reward, of each seed."""
         if not task.judge:
             return self.found(task, arm, "reward")
-        seeds = range(1 if arm == "SFT" else task.seeds)
+        seeds = range(1 if arm == "SFT" else task.seeds_of(task.family.chosen))
         names = [self.judged(task, arm, seed).name for seed in seeds]
         return [self.jobs[name]["reward"] for name in names if name in self.jobs]
 
@@ -363,7 +363,8 @@ class PolicyStudy(Study):
         """A figure of each cell of the arm; the SFT model's is where the first arm begins."""
         if arm == "SFT":
             arm, key = self.preset.arms[0], f"{key}_before"
-        names = [self.cell_name(task, task.family.chosen, arm, seed) for seed in range(task.seeds)]
+        size = task.family.chosen
+        names = [self.cell_name(task, size, arm, seed) for seed in range(task.seeds_of(size))]
         return [self.jobs[name][key] for name in names if name in self.jobs]
 
     def bars(self) -> Iterator[Row]:
