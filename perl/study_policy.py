@@ -61,7 +61,7 @@ class PolicyTask(Task):
     judge: str = ""  # FILE.py:NAME of a function that no policy learns from
     at_least: float | None = None
     over_full: float | None = None  # as a share of what full tuning reaches
-    gain: float | None = None  # over the SFT model
+    gain: float | None = None  # over the SFT model, in standard deviations of its answers
     kl_at_most: float | None = None  # nats per answer
 
 
@@ -108,7 +108,7 @@ CAFE_ANSWERS = PolicyTask(
     ),
     sweep={"lora": "7e-4,1.5e-3", "full": "3e-4,6e-4"},
     seeds=(3,),
-    seconds=(80.0,),
+    seconds=(100.0,),
 )  # fmt: skip
 COFFEE_ANSWERS = PolicyTask(
     name="coffee",
@@ -125,9 +125,9 @@ COFFEE_ANSWERS = PolicyTask(
     gain=0.5,
     kl_at_most=20.0,
     recipe=dict(
-        steps=80, prompts_per_step=16, max_new_tokens=40, beta=0.1, validate_every=20, **RUN, **CUT
+        steps=80, prompts_per_step=16, max_new_tokens=40, beta=0.1, validate_every=40, **RUN, **CUT
     ),
-    sweep={"lora": "1e-3,2e-3", "full": "1e-4,3e-4"},
+    sweep={"lora": "1e-3,2e-3", "full": "2e-4,5e-4"},
     seeds=(1,),
     seconds=(120.0,),
 )  # fmt: skip
@@ -141,11 +141,11 @@ STORY_ANSWERS = PolicyTask(
     told="success rate",
     at_least=0.9,
     recipe=dict(
-        steps=100, prompts_per_step=32, max_new_tokens=64, beta=0.05, validate_every=20, **RUN
+        steps=100, prompts_per_step=32, max_new_tokens=64, beta=0.05, validate_every=25, **RUN
     ),
     sweep={"lora": "1e-3,2e-3", "full": "3e-4,1e-3"},
     seeds=(2,),
-    seconds=(90.0,),
+    seconds=(115.0,),
 )
 
 TASKS = (CAFE_ANSWERS, COFFEE_ANSWERS, STORY_ANSWERS)
@@ -208,6 +208,7 @@ class PolicyStudy(Study):
         held_out = [row for row in metrics if "validation_reward" in row]
         return {
             "reward_before": held_out[0]["validation_reward"],
+            "reward_std_before": held_out[0]["validation_reward_std"],
             "reward": held_out[-1]["validation_reward"],
             "kl": held_out[-1]["validation_kl"],
             "kl_before": held_out[0]["validation_kl"],
@@ -381,7 +382,8 @@ class PolicyStudy(Study):
             if task.over_full is not None:
                 yield bar(f"{name} over full", ours / full, ">=", task.over_full)
             if task.gain is not None:
-                yield bar(f"{name} less SFT", ours - before, ">=", task.gain)
+                gain = (ours - before) / statistics.fmean(self.found(task, "SFT", "reward_std"))
+                yield bar(f"{name} less SFT, in its deviations", gain, ">=", task.gain)
             if task.kl_at_most is not None:
                 kl = statistics.fmean(self.found(task, lora, "kl"))
                 yield bar(f"{task.title}: KL in nats, {lora}", kl, "<=", task.kl_at_most)

@@ -46,6 +46,7 @@ def figure(job):
     told = {"validation_accuracy": value, "validation_auc": value, "lr": 0.5, "reward": value}
     policy = {"kl": 3.0, "length": 20.0, "frontier": [[0.0, 0.5], [3.0, value]]}
     before = {"reward_before": 0.5, "kl_before": 0.0, "length_before": 30.0}
+    before["reward_std_before"] = 0.1
     return cost | told | policy | before
 
 
@@ -89,7 +90,7 @@ def test_the_plan_has_every_cell_once_and_sweeps_first(tmp_path, alone):
         plan.cell_name(CAFE_PAIRS, size, arm, seed)
         for size in study.CAFE.sizes
         for arm in plan.preset.arms
-        for seed in range(study.CAFE_PAIRS.seeds_of(size))
+        for seed in range(CAFE_PAIRS.seeds_of(size))
     }
     assert told == {name for name in names if name.startswith(("cells", "sweeps"))}
 
@@ -217,6 +218,14 @@ def test_the_plan_of_policies(tmp_path, shared_data):
         cls, _, _ = cli.COMMANDS[job.command]
         flags = {name: value for name, value in job.flags.items() if name != "sweep"}
         make(cls, flags | {"out": "run"})
+    plan.jobs.update({job.name: figure(job) for job in jobs(plan)})
+    found = {row[""]: row["found"] for row in plan.bars()}
+    assert (
+        found["Stories of a given animal: success rate, rank 16"] == "0.921"
+    )  # 0.916 + seed / 100
+    coffee = "reward model's score, rank 16"
+    assert found[f"Coffee dialogs: {coffee} less SFT, in its deviations"] == "4.160"
+    assert found["Coffee dialogs: KL in nats, rank 16"] == "3.000"
 
 
 def test_tables_bars_and_figure_of_policies(tmp_path, alone, pretended, monkeypatch, capsys):
@@ -255,15 +264,19 @@ def test_figures_of_a_policy_and_of_the_judge(tmp_path, alone):
     cell = plan.cell(CAFE_ANSWERS, "tiny", "full", 0)
     folder = plan.out / cell.name
     (folder / "policy").mkdir(parents=True)
-    held_out = [{"validation_reward": r, "validation_kl": k} for r, k in ((0.1, 0.0), (0.7, 4.0))]
+    held_out = [
+        {"validation_reward": reward, "validation_reward_std": 0.3, "validation_kl": kl}
+        for reward, kl in ((0.1, 0.0), (0.7, 4.0))
+    ]
     rows = [held_out[0]] + [{"length": 40.0 - i, "step_s": 0.01} for i in range(20)]
     rows[-1] |= held_out[1]
     rows = [{"step": step} | row for step, row in enumerate(rows)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = plan.figures(cell)
     assert found == {
-        "reward_before": 0.1, "reward": 0.7, "kl_before": 0.0, "kl": 4.0, "length_before": 40.0,
-        "length": pytest.approx(25.5), "frontier": [[0.0, 0.1], [4.0, 0.7]],
+        "reward_before": 0.1, "reward_std_before": 0.3, "reward": 0.7,
+        "kl_before": 0.0, "kl": 4.0, "frontier": [[0.0, 0.1], [4.0, 0.7]],
+        "length_before": 40.0, "length": pytest.approx(25.5),
         "step_ms": pytest.approx(10.0),
     }  # fmt: skip
     plan.throw_away(cell)
