@@ -15,6 +15,7 @@ import operator
 import os
 import types
 import typing
+import urllib.parse
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +112,73 @@ def _ensemble() -> Any:
         help="several --reward-model folders as one: the mean of their scores, or the lowest "
         "(default mean)",
     )
+
+
+def _reward_url() -> Any:
+    return option(
+        None,
+        resumable=True,
+        help='HTTP endpoint: POST {"prompts": [...], "completions": [...]}, answered by '
+        '{"rewards": [...]}; asked once before the model is loaded',
+    )
+
+
+def _reward_timeout() -> Any:
+    return option(
+        None,
+        unit="seconds",
+        above=0,
+        resumable=True,
+        help="how long a reward function, or one request to --reward-url, may take (default "
+        f"{REWARD_TIMEOUT:g})",
+    )
+
+
+def _reward_retries() -> Any:
+    return option(
+        None,
+        at_least=0,
+        resumable=True,
+        help="more requests to --reward-url after a failed connection, a time-out, 429 or 5xx, 1, "
+        f"2, 4, ... seconds apart (default {REWARD_RETRIES})",
+    )
+
+
+REWARD_TIMEOUT = 180.0  # seconds: a model behind an endpoint, or in a function, scores a batch
+REWARD_RETRIES = 5  # half a minute of waiting: a server that is started anew
+
+
+def _check_reward_source(config: Any, needed: bool) -> None:
+    """One source, or none where none is needed; fills in the defaults that belong to it."""
+    sources = [config.reward_model, config.reward_function, config.reward_url]
+    given = sum(source is not None for source in sources)
+    if given > 1 or needed and not given:
+        raise UsageError(
+            "rewards come from exactly one of --reward-model FOLDER, --reward-function "
+            f"FILE.py:NAME and --reward-url URL; {given or 'none'} given"
+        )
+    _check_reward_models(config)
+    if config.reward_url is not None:
+        if not _is_http(config.reward_url):
+            raise UsageError(
+                f"--reward-url is {config.reward_url!r}; want http://HOST[:PORT]/PATH, or https"
+            )
+        if config.reward_retries is None:
+            config.reward_retries = REWARD_RETRIES
+    elif config.reward_retries is not None:
+        raise UsageError("--reward-retries is for --reward-url; leave it out")
+    if config.reward_url is not None or config.reward_function is not None:
+        config.reward_timeout = config.reward_timeout or REWARD_TIMEOUT
+    elif config.reward_timeout is not None:
+        raise UsageError("--reward-timeout is for --reward-url and --reward-function; leave it out")
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an address
+        return False
 
 
 def _check_reward_models(config: Any) -> None:
@@ -257,30 +325,91 @@ class ReinforceConfig(TrainConfig):
     reward_model: list[str] | None = option(
         None,
         metavar="FOLDER",
-        help="folder of a reward run, or of its reward model; several make an ensemble",
+        help="folder of a reward run, or of its reward model; several make an ensemble; a whole "
+        "model may have a tokenizer of its own, and then reads the text",
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(
         None, help="FILE.py:NAME, a Python function NAME(prompts, completions) -> list of floats"
     )
-    prompts_per_step: int = option(16, unit="prompts", at_least=1, help="episodes per update")
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
+    prompts_per_step: int = option(
+        16, unit="prompts", at_least=1, help="prompts of a step, each answered --answers-per-prompt"
+    )
+    answers_per_prompt: int = option(
+        1, unit="answers", at_least=1, help="answers to each prompt of a step"
+    )
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
+    stop: list[str] | None = option(
+        None,
+        metavar="TEXT",
+        help="strings that end an answer; it keeps the string, and the rest of its last token",
+    )
     temperature: float = option(0.9, above=0, help="sampling temperature, also of log p")
     top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
     top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
+    length_penalty: float = option(
+        0.0, at_least=0, unit="reward per token", help="taken off the reward for each token"
+    )
+    no_end_penalty: float = option(
+        0.0,
+        at_least=0,
+        unit="reward",
+        help="taken off the reward of answers that --max-new-tokens cut, without an end of "
+        "sequence or --stop",
+    )
     beta: float = option(0.05, at_least=0, at_most=1, help="weight of the KL to the anchor")
     kl_convention: Literal["perl", "trl"] = option(
         "perl", help="objective (1 - beta) r - beta KL (perl) or r - beta KL (trl)"
     )
     kl_in: Literal["reward", "loss"] = option(
-        "reward",
-        help="KL as a reward of each token (the sampled log-ratio), or as a term of the "
-        "loss (exact over the vocabulary; LoRA only)",
+        "reward", help="KL as a reward of each token, or as a term of the loss"
     )
-    baseline: Literal["value", "batch_mean", "none"] = option(
-        "value", help="what is subtracted from the return"
+    kl_estimator: Literal["k1", "k3", "exact"] | None = option(
+        None,
+        help="k1: log-ratio of the sampled token (not in the loss); k3: never negative; exact: "
+        "over the vocabulary (LoRA only); default k1 in the reward, exact in the loss",
+    )
+    kl_per: Literal["token", "sequence"] = option(
+        "token",
+        help="KL in the reward: to each token what follows it, or the sum at the last token",
+    )
+    kl_target: float | None = option(
+        None,
+        above=0,
+        unit="nats per answer",
+        help="--beta is where an adaptive beta starts, which holds the KL here; default: no target",
+    )
+    kl_horizon: int | None = option(
+        None,
+        at_least=1,
+        unit="steps",
+        help="of the adaptive beta: a step changes it by 1 / horizon of the KL's relative error, "
+        "held to 0.2; default 10",
+    )
+    entropy_coef: float = option(
+        0.0, at_least=0, help="weight of the policy's mean entropy per token, a bonus"
+    )
+    baseline: Literal["value", "batch_mean", "leave_one_out", "none"] = option(
+        "value",
+        help="what is subtracted from the return; leave_one_out: the mean of the other "
+        "--answers-per-prompt",
     )
     whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    epochs_per_batch: int = option(
+        1, unit="epochs", at_least=1, help="how often a step's answers are learnt from"
+    )
+    minibatches: int = option(
+        1, unit="updates", at_least=1, help="parts of a step's answers, an update for each"
+    )
+    clip_epsilon: float | None = option(
+        None,
+        above=0,
+        help="PPO: pi / pi_sampled pays within 1 +- epsilon, where a step has several updates; "
+        "default 0.2",
+    )
     importance_cap: float | None = option(
         None,
         at_least=1,
@@ -290,6 +419,21 @@ class ReinforceConfig(TrainConfig):
     value_lr: float | None = option(
         None, above=0, help="learning rate of the value model; default as --lr"
     )
+    kl_limit: float | None = option(
+        None,
+        unit="nats",
+        above=0,
+        resumable=True,
+        help="stop when the KL per answer lies above this in 5 steps in a row; default: never",
+    )
+    reward_drop: float = option(
+        2.0,
+        unit="standard deviations of an answer's reward",
+        at_least=0,
+        resumable=True,
+        help="stop when the mean reward of 20 steps lies this far below that of the first 20; "
+        "0 = never",
+    )
     samples_every: int = option(
         10, unit="updates", at_least=1, help="updates between rows of samples.jsonl"
     )
@@ -298,16 +442,53 @@ class ReinforceConfig(TrainConfig):
         super().__post_init__()
         if self.value_lr is None:
             self.value_lr = self.lr
-        if (self.reward_model is None) == (self.reward_function is None):
+        _check_reward_source(self, needed=True)
+        if self.stop is not None and not all(self.stop):
+            raise UsageError(f"--stop is {self.stop}; want strings, none of them empty")
+        self._check_kl()
+        self._check_updates()
+
+    def _check_kl(self) -> None:
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "exact"
+        if self.kl_estimator == "exact" and self.tuning == "full":
             raise UsageError(
-                "reinforce wants exactly one of --reward-model FOLDER and "
-                "--reward-function FILE.py:NAME"
+                "--kl-estimator exact wants one head that policy and anchor share, and --tuning "
+                "full trains the head; give --kl-estimator k1 (in the reward) or k3"
             )
-        _check_reward_models(self)
-        if self.kl_in == "loss" and self.tuning == "full":
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UsageError(
-                "--kl-in loss is exact over one head that policy and anchor share; "
-                "--tuning full trains the head, so give --kl-in reward"
+                "--kl-estimator k1 has no gradient on average as a term of the loss; give exact or "
+                "k3, or --kl-in reward"
+            )
+        if self.kl_in == "loss" and self.kl_per == "sequence":
+            raise UsageError("--kl-per sequence is of --kl-in reward; in the loss it is per token")
+        if self.kl_horizon is not None and self.kl_target is None:
+            raise UsageError("--kl-horizon is of the adaptive beta; give --kl-target, or leave it")
+        if self.kl_target is not None:
+            if self.beta == 0:
+                raise UsageError("--kl-target multiplies beta, which starts at 0; give --beta")
+            self.kl_horizon = self.kl_horizon or 10
+
+    def _check_updates(self) -> None:
+        if self.baseline == "leave_one_out" and self.answers_per_prompt == 1:
+            raise UsageError(
+                "--baseline leave_one_out is the mean of other answers to the prompt; give "
+                "--answers-per-prompt 2 or more"
+            )
+        if self.epochs_per_batch * self.minibatches == 1:
+            if self.clip_epsilon is not None:
+                raise UsageError(
+                    "--clip-epsilon is of several updates per step (the ratio is 1 in the first); "
+                    "give --epochs-per-batch or --minibatches, or leave it out"
+                )
+            return
+        if self.clip_epsilon is None:
+            self.clip_epsilon = 0.2
+        if self.importance_cap is not None:
+            raise UsageError(
+                "--importance-cap weighs by pi / pi_sampled, the ratio that several updates per "
+                "step learn and clip already; leave it out, or --epochs-per-batch and --minibatches"
             )
 
 
@@ -329,6 +510,9 @@ class EvaluateConfig(ModelConfig):
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(None, help="FILE.py:NAME that scores generated answers")
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
     rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
     batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
     max_tokens: int = option(
@@ -344,7 +528,7 @@ class EvaluateConfig(ModelConfig):
         super().__post_init__()
         if self.model is None and self.reward_model is None:
             raise UsageError("evaluate wants --model MODEL, or the --reward-model of a known base")
-        _check_reward_models(self)
+        _check_reward_source(self, needed=False)
 
 
 @dataclass(kw_only=True)

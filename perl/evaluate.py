@@ -34,12 +34,14 @@ from perl.ensemble import (
     Rewards,
     base_of_reward_model,
     check_finite,
+    combine,
     load_reward_models,
     score_rewards,
 )
 from perl.files import empty_folder, new_file, write_rows
 from perl.progress import progress
-from perl.reward import figures_of_scores, load_reward_function, sequences
+from perl.reward import figures_of_scores, sequences
+from perl.reward_sources import TextSource, open_text_source, reencode
 from perl.rollout import generate as sample
 from perl.training import language_figures, length_limit, open_backbone
 
@@ -51,8 +53,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Figures of a model on rows.
 
     With a reward model, pairs and labelled rows are scored as they are (accuracy; AUC and balanced
-    accuracy). With a reward model or function, the model answers other rows' prompts and the
-    answers are scored. With neither, text, completions and messages give loss and perplexity.
+    accuracy). With any source of rewards, the model answers other rows' prompts and the answers are
+    scored. With none, text, completions and messages give loss and perplexity.
     """
     out = new_file(config.out) if config.out else None
     rows = read_rows(config.data, config.format).first(config.rows)
@@ -60,10 +62,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.model is None:
         base = base_of_reward_model(config.reward_model[0])
         config = dataclasses.replace(config, model=base)
+    source = None
+    if config.reward_function or config.reward_url:
+        _want_prompts(config, kind)
+        source = open_text_source(config, lambda: rows[0]["prompt"])
     backbone, role = _policy(config)
-    judges = load_reward_models(backbone, config.reward_model or [])
-    if config.reward_function or judges and kind not in ("pairwise", "pointwise"):
-        figures = _score_answers(config, backbone, role, judges, rows, kind)
+    answering = kind not in ("pairwise", "pointwise")
+    judges = load_reward_models(backbone, config.reward_model or [], own_tokenizer=answering)
+    if source or judges and answering:
+        figures = _score_answers(config, backbone, role, source, judges, rows, kind)
     elif judges:
         encode = encode_pairs if kind == "pairwise" else encode_labelled
         examples = encode(rows, backbone.tokenizer, length_limit(config, backbone))
@@ -80,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     else:
         raise UsageError(
             f"{config.data} holds {kind} rows; evaluating them wants --reward-model "
-            "FOLDER, or --reward-function FILE.py:NAME for their prompts"
+            "FOLDER; or --reward-function FILE.py:NAME or --reward-url URL, for their prompts"
         )
     figures = {"data": config.data, "rows": len(rows)} | figures
     if out:
@@ -92,31 +99,50 @@ def _score_answers(
     config: EvaluateConfig,
     backbone: Backbone,
     role: str | None,
+    source: TextSource | None,
     judges: list[str],
     rows: Rows,
     kind: str,
 ) -> dict[str, Any]:
-    if "prompt" not in KINDS[kind]:
-        raise UsageError(
-            f"{config.data} holds {kind} rows, which have no prompts to answer; give "
-            "rows with a prompt column"
-        )
-    if config.reward_function and config.reward_model:
-        raise UsageError("give --reward-model or --reward-function, not both")
-    function = load_reward_function(config.reward_function) if config.reward_function else None
+    _want_prompts(config, kind)
     prompts, answers = _answers(config, backbone, role, rows)
-    if function:
-        texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        rewards = Rewards(torch.tensor(function([row["prompt"] for row in prompts.rows], texts)))
+    texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    asked = [row["prompt"] for row in prompts.rows]
+    if source:
+        rewards = Rewards(torch.tensor(_in_batches(source, asked, texts, config.batch_size)))
     else:
         both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        rewards = score_rewards(backbone, judges, both, config.batch_size, config.ensemble)
+        scores = []
+        for judge in judges:
+            read = both
+            if backbone.tokenizer_of(judge) is not backbone.tokenizer:
+                read = reencode(backbone, judge, asked, texts, config.truncate_prompts)
+            scores.append(score_rewards(backbone, [judge], read, config.batch_size).reward)
+        rewards = combine(torch.stack(scores), config.ensemble)
         check_finite(rewards, prompts.places)
     eos = backbone.tokenizer.eos_token_id
     return rewards.figures() | {
         "length": statistics.fmean(map(len, answers)),
         "ended": statistics.fmean(answer[-1] == eos for answer in answers),
     }
+
+
+def _want_prompts(config: EvaluateConfig, kind: str) -> None:
+    if "prompt" not in KINDS[kind]:
+        raise UsageError(
+            f"{config.data} holds {kind} rows, which have no prompts to answer; give "
+            "rows with a prompt column"
+        )
+
+
+def _in_batches(source: TextSource, prompts: list[Any], texts: list[str], size: int) -> list[float]:
+    rewards: list[float] = []
+    with progress(len(texts), "score", "answer") as bar:
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            rewards += source(prompts[start : start + size], part)
+            bar.update(len(part))
+    return rewards
 
 
 # ---------------------------------------------------------------------------------------------

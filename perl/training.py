@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,17 +130,31 @@ def begin(
 
 def check_processes(config: TrainConfig, batches: Batches) -> None:
     """UsageError where processes have other data, or batches do not divide among them."""
-    size, rows = distributed.size(), batches.batch_size
-    if rows % size:
-        flag = "--prompts-per-step" if isinstance(config, ReinforceConfig) else "--batch-size"
+    size, rows, flag, parts = distributed.size(), batches.batch_size, "--batch-size", 1
+    if isinstance(config, ReinforceConfig):
+        rows, parts = rows * config.answers_per_prompt, config.minibatches
+        flag = "--prompts-per-step" + " x --answers-per-prompt" * (config.answers_per_prompt > 1)
+    if rows % (size * parts):
+        each = f" for each of {parts} --minibatches" if parts > 1 else ""
         raise UsageError(
-            f"a batch has {rows} rows ({flag}, or all of --data) and there are {size} processes; "
-            f"give a multiple of {size}, or start fewer"
+            f"a batch has {rows} rows ({flag}, or all of --data) and there are {size} processes"
+            f"{each}; give a multiple of {size * parts}, or fewer of these"
         )
     if size > 1:
         lengths = [len(example) for example in batches.examples]
         some = batches.examples[:: max(1, len(lengths) // 64)]
         distributed.check_same("--data", zlib.crc32(repr((lengths, some)).encode()))
+
+
+def bookmark(batches: Batches) -> Callable[[], None]:
+    """Marks where the data and this process's random numbers are; a call of it goes back there."""
+    state, rng = batches.state_dict(), capture_rng()
+
+    def go_back() -> None:
+        batches.load_state_dict(state)
+        restore_rng(rng)
+
+    return go_back
 
 
 def save(
@@ -150,21 +164,25 @@ def save(
     optimizers: dict[str, Optimizer],
     batches: Batches,
     score: float | None = None,
+    **state: Any,
 ) -> None:
-    """A checkpoint: roles as folders that PEFT or transformers load, and what resuming needs."""
+    """A checkpoint: roles as folders that PEFT or transformers load, and what resuming needs.
+
+    state: JSON values more that the trainer goes on with.
+    """
     run.save_checkpoint(
         step,
         {f"{role}_optimizer": optimizer.state() for role, optimizer in optimizers.items()},
-        {"batches": batches.state_dict(), "rng": distributed.each(capture_rng())},
+        {"batches": batches.state_dict(), "rng": distributed.each(capture_rng())} | state,
         score=score,
         roles=lambda folder: [backbone.save_role(role, folder / role) for role in optimizers],
     )
 
 
-def micro_batches(size: int, rows: int) -> list[slice]:
-    """Slices of `size` rows (0: all at once) that cover `rows`."""
-    size = size or rows
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def micro_batches(size: int, stop: int, start: int = 0) -> list[slice]:
+    """Slices of `size` rows (0: all at once) that cover the rows from `start` up to `stop`."""
+    size = size or stop - start
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def rows_per_pass(config: TrainConfig) -> int:

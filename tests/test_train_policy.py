@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,11 @@ from peft import PeftModel
 
 import perl_kernels as pk
 from perl.backbone import Backbone
-from perl.config import ReinforceConfig, UsageError, write_toml
+from perl.config import ReinforceConfig, UsageError
+from perl.policy_step import ask_anchor, estimate_kl, learn, reward_returns
+from perl.reward_sources import Prompt, Unrewarded, make_scorer
 from perl.rollout import generate
-from perl.train_policy import Prompt, learn, make_scorer, reward_returns, sampled_kl, train
+from perl.train_policy import train
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
 # The share of an answer's letters that are vowels.
@@ -150,7 +148,8 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
     policy_loss, value_loss = plain_losses(config, backbone, rollout, returns)
     (policy_loss + (value_loss if config.baseline == "value" else 0.0)).backward()
     wanted = gradients(backbone)
-    facts = learn(config, backbone, rollout, returns)
+    anchor = ask_anchor(config, backbone, rollout)
+    facts = next(learn(config, backbone, rollout, returns, anchor, config.beta))
     assert facts["loss"] == pytest.approx(policy_loss.item(), rel=tolerance, abs=tolerance)
     if config.baseline == "value":
         assert facts["value_loss"] == pytest.approx(value_loss.item(), rel=tolerance)
@@ -177,7 +176,8 @@ def test_importance_cap_weighs_what_sampling_found_more_or_less_likely(world, ro
     policy_loss.backward()
     wanted = gradients(backbone)
     drawn_from_another = rollout._replace(log_prob=rollout.log_prob - gap)
-    facts = learn(config, backbone, drawn_from_another, returns)
+    anchor = ask_anchor(config, backbone, rollout)
+    facts = next(learn(config, backbone, drawn_from_another, returns, anchor, config.beta))
     assert facts["loss"] == pytest.approx(policy_loss.item(), rel=1e-5)
     kept = gap.abs()[rollout.completion_mask]
     assert facts["mean_abs_dlogp"] == pytest.approx(kept.mean().item(), rel=1e-5)
@@ -194,7 +194,7 @@ def test_sampled_kl_is_the_log_ratio_and_its_mean_the_exact_kl(world):
         backbone, "policy", [[1, 7, 9]] * 3000, max_new_tokens=1, temperature=0.9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    kl = sampled_kl(config, backbone, rollout)[:, 0]
+    kl = estimate_kl(config, backbone, rollout, ask_anchor(config, backbone, rollout))[:, 0]
     ids, mask, head = torch.tensor([[1, 7, 9]]), torch.ones(1, 3).long(), backbone.head()
     with torch.no_grad():
         ours, anchor = (
@@ -217,7 +217,8 @@ def test_the_return_follows_the_convention(world):
         ({"beta": 0.25, "kl_convention": "trl"}, 1.0 - 0.25 * lengths),
         ({"beta": 0.25, "kl_in": "loss"}, 0.75 + 0.0 * lengths),
     ):
-        returns = reward_returns(make_config(world, **changes), scores, kl, rollout)
+        config = make_config(world, **changes)
+        returns = reward_returns(config, scores, kl, rollout, config.beta)
         torch.testing.assert_close(returns[:, 0], wanted)
 
 
@@ -252,10 +253,11 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
         "score_s", "learn_s", "step_s", "max_abs_dlogp", "mean_abs_dlogp", "peak_memory_bytes",
-        "policy_grad_norm", "value_grad_norm",
+        "policy_grad_norm", "value_grad_norm", "role_bytes",
     }  # fmt: skip
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
+    assert row["role_bytes"].keys() == {"policy", "value", "reference"}
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
     ids = torch.tensor([[1, 7, 9, 30]])
     with torch.no_grad():
@@ -283,7 +285,7 @@ def test_reward_models_folders_give_the_reward(world, kinds, ensemble):
         world, reward_function=None, reward_model=folders, ensemble=ensemble, micro_batch_size=2
     )
     backbone, rollout, _ = scene(world, "lora", "float32")
-    rewards = make_scorer(config, backbone)(rollout, [Prompt("", [])] * 3)
+    rewards = make_scorer(config, backbone, None)(rollout, [Prompt("", [])] * 3)
     alone = torch.stack([
         torch.cat([
             source.score("reward", ids[mask.bool()][None], mask[mask.bool()][None])
@@ -317,44 +319,6 @@ def test_exact_kl_in_the_loss_is_logged(world):
 
 # -------------------------------------------------------------------------------------- resume
 
-KILLED = """
-import os, signal
-from pathlib import Path
-
-CALLS = Path(__file__).with_name("calls")
-
-def vowels(prompts, completions):
-    calls = int(CALLS.read_text()) + 1 if CALLS.exists() else 1
-    CALLS.write_text(str(calls))
-    if calls == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
-"""
-
-
-def test_sigkill_and_resume_repeat_the_uninterrupted_run_bit_for_bit(world):
-    """Calls of the reward function: 1 is step 0's samples, then one a step; call 6 is in step 5."""
-    settings = dict(
-        steps=6, checkpoint_every=2, lr=1e-2, lora_dropout=0.1, samples_every=100, threads=1,
-        warmup_steps=3,
-    )  # fmt: skip
-    train(make_config(world, "whole", **settings))
-    (world / "killed.py").write_text(KILLED.format(kill_at=6))
-    settings["reward_function"] = f"{world / 'killed.py'}:vowels"
-    write_toml(make_config(world, "part", **settings), world / "config.toml")
-    killed = subprocess.run(
-        [sys.executable, "-m", "perl", "reinforce", "--config", world / "config.toml"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [row["step"] for row in lines(world / "part/metrics.jsonl")] == [1, 2, 3, 4]
-    train(make_config(world, "part", **settings, resume=True))
-    assert metrics(world / "part") == metrics(world / "whole")
-    assert lines(world / "part/samples.jsonl") == lines(world / "whole/samples.jsonl")
-    checkpoint = "checkpoints/step-6"
-    for file in (f"{checkpoint}/value_optimizer.safetensors", "policy/adapter_model.safetensors"):
-        assert (world / "part" / file).read_bytes() == (world / "whole" / file).read_bytes()
-
 
 @pytest.mark.parametrize("changes", [{"tuning": "full"}, {"baseline": "batch_mean"}])
 def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
@@ -366,9 +330,9 @@ def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
         )
     )  # fmt: skip
     crash = dict(reward_function=f"{world / 'crash.py'}:vowels")
-    with pytest.raises(UsageError, match="raised AssertionError"):
+    with pytest.raises(Unrewarded, match="raised AssertionError"):
         train(make_config(world, "part", **settings | crash))
-    assert (world / "part/checkpoints/step-2").is_dir()
+    assert (world / "part/checkpoints/step-3").is_dir()  # of the last finished step
     train(make_config(world, "part", **settings, resume=True))
     assert metrics(world / "part") == metrics(world / "whole")
 
@@ -393,7 +357,7 @@ def test_bad_input_is_refused_before_anything_is_written(world):
     refused(world, "at most 10 fit", max_new_tokens=54, data=long_prompts(world))
     refused(world, "does not exist", data=str(world / "absent.jsonl"))
     refused(world, "has no function other", reward_function=f"{world / 'reward.py'}:other")
-    refused(world, "share.*--kl-in reward", kl_in="loss", tuning="full")
+    refused(world, "exact wants one head", kl_in="loss", tuning="full")
     refused(world, "exactly one of", reward_model=str(world))
     other = Backbone.load(model=tiny_model(seed=9), tokenizer=tiny_tokenizer())
     other.add_role("reward", scalar=True)
