@@ -141,11 +141,11 @@ STORY_ANSWERS = PolicyTask(
     told="success rate",
     at_least=0.9,
     recipe=dict(
-        steps=100, prompts_per_step=32, max_new_tokens=64, beta=0.05, validate_every=25, **RUN
+        steps=140, prompts_per_step=32, max_new_tokens=64, beta=0.05, validate_every=35, **RUN
     ),
     sweep={"lora": "1e-3,2e-3", "full": "3e-4,1e-3"},
     seeds=(2,),
-    seconds=(115.0,),
+    seconds=(150.0,),
 )
 
 TASKS = (CAFE_ANSWERS, COFFEE_ANSWERS, STORY_ANSWERS)
