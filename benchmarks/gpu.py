@@ -70,7 +70,7 @@ ROOMS = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
 # seconds, by room: with less, no case
 LEFT = {"reward_step": 100.0, "policy_step": 200.0, "rollout": 150.0, "study": 60.0, "": 15.0}
-STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
+STUDY = 0.4  # of the time that the benchmarks may take is kept for the studies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; builds nothing")
     parser.add_argument("--skip-build", action="store_true", help="use what is built")
     parser.add_argument("--skip-tests", action="store_true", help="go to the benchmarks at once")
-    parser.add_argument("--skip-study", action="store_true", help="of reward models, 1.1 B weights")
+    parser.add_argument("--skip-study", action="store_true", help="of models with 1.1 B weights")
     parser.add_argument(
         "--rooms", nargs="+", choices=ROOMS, default=ROOMS, metavar="ROOM",
         help="bench_ROOM.py alone (default: all)",
@@ -113,8 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reserved = 0 if options.skip_study else STUDY * (deadline - time.monotonic())
     found = cases(preset, options.rooms, options.against)
     results = benchmark(preset, found, deadline - reserved, folders)
-    if not options.skip_study and deadline - time.monotonic() > LEFT["study"]:
-        failed |= not study(preset, folders, deadline - time.monotonic())
+    for share, task in () if options.skip_study else ((0.5, "reward"), (1.0, "policy")):
+        if share * (left := deadline - time.monotonic()) > LEFT["study"]:
+            failed |= not study(task, preset, folders, share * left)
     return int(failed or bool(results.failures))
 
 
@@ -144,20 +145,21 @@ def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> 
     return code == 0
 
 
-def study(preset: str, folders: list[Path], seconds: float) -> bool:
-    """`perl study reward`: LoRA ranks beside full tuning; its tables go beside the results.
+def study(task: str, preset: str, folders: list[Path], seconds: float) -> bool:
+    """`perl study`: LoRA ranks beside full tuning; its tables go beside the results.
 
     False where it failed. Out of time, what it has done is kept.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "study"
-        command = [sys.executable, "-m", "perl", "study", "reward", "--preset", preset]
-        good = run("study", [*command, "--out", str(out)], folders, seconds)
+        command = [sys.executable, "-m", "perl", "study", task, "--preset", preset]
+        good = run(f"study-{task}", [*command, "--out", str(out)], folders, seconds)
         for path in filter(Path.is_file, map(out.joinpath, STUDY_FILES)):
             for folder in folders:
-                (folder / f"study-{preset}").mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, folder / f"study-{preset}")
+                kept = folder / f"study-{task}-{preset}"
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, kept)
     return good or time.monotonic() - start > seconds
 
 

@@ -711,14 +711,17 @@ class DemoConfig(Config):
 
 @dataclass(kw_only=True)
 class StudyConfig(Config):
-    """Reward models by LoRA of several ranks beside full tuning: quality, time and memory."""
+    """LoRA of several ranks beside full tuning: quality, time and memory, in tables."""
 
-    task: Literal["reward"] = option(positional=True, help="what is trained: reward")
+    task: Literal["reward", "policy"] = option(
+        positional=True, help="what is trained: reward (reward models) or policy (by REINFORCE)"
+    )
     out: str = option(help="folder of the study; must not exist, or be empty")
     preset: Literal["tiny", "quick", "cpu", "h200"] = option(
         "cpu",
-        help="cpu: ranks, sizes and seeds within an hour on two cores; h200: step time and memory "
-        "of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the machinery",
+        help="cpu: ranks, seeds and sizes of models within an hour on two cores; h200: step time "
+        "and memory of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the "
+        "machinery",
     )
     data_folder: str | None = option(
         None,

@@ -25,7 +25,7 @@ from benchmarks import (
 )
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
-from perl import cli
+from perl import cli, studies
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -430,7 +430,8 @@ def test_gpu_campaign_dry_run(tmp_path):
     done = command("benchmarks.gpu", "--dry-run", "--results", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== tests: exit code 0" in done.stdout and "FAILED" not in done.stdout
-    assert "== study: exit code 0" in done.stdout
+    for task in studies.STUDIES:
+        assert f"== study-{task}: exit code 0" in done.stdout
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
     assert {row.room for row in results.rows} == {*ROOMS, "reward_step", "policy_step"}
@@ -468,10 +469,11 @@ def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", studies.STUDIES)
+def test_gpu_campaign_keeps_the_tables_of_a_study(tmp_path, monkeypatch, task):
     def run(stage, command, folders, seconds):
         flags = cli.build_parser().parse_args(command[3:])  # what python -m perl would be given
-        assert (stage, flags.preset) == ("study", "h200")
+        assert (stage, flags.task, flags.preset) == (f"study-{task}", task, "h200")
         Path(flags.out).mkdir()
         (Path(flags.out) / "study.json").write_text("{}")
         (Path(flags.out) / "model.safetensors").write_text("gigabytes")
@@ -479,10 +481,10 @@ def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "run", run)
     folders = [tmp_path / "results", tmp_path / "out"]
-    assert not gpu.study("h200", folders, seconds=60.0)
-    assert gpu.study("h200", folders, seconds=0.0)  # out of time, which is no failure
+    assert not gpu.study(task, "h200", folders, seconds=60.0)
+    assert gpu.study(task, "h200", folders, seconds=0.0)  # out of time, which is no failure
     for folder in folders:
-        assert [path.name for path in (folder / "study-h200").iterdir()] == ["study.json"]
+        assert [path.name for path in (folder / f"study-{task}-h200").iterdir()] == ["study.json"]
 
 
 # ------------------------------------------------------------------------------------------------
