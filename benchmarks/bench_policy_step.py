@@ -9,10 +9,11 @@
 
 A step is B answers of T tokens to prompts of P tokens, the reward model's scores, the anchor's
 log-probabilities, and one update of AdamW of the policy and, but for trl, of the value model. No
-answer ends early. perl's trainer passes a quarter of the rows at a time, whatever is tuned, and so
-has a quarter of the activations. Each contestant lives in a process of its own, whose peak memory
-is told, and they take turns step by step; a trainer's loop waits for its turn. All start from the
-same weights.
+answer ends early. Ours passes a quarter of the rows at a time, for a quarter of the activations at
+the same speed; full tuning would be slower so, as it adds up the gradients of all weights, and its
+memory is hardly activations. Each contestant lives in a process of its own, whose peak memory is
+told, and they take turns step by step; a trainer's loop waits for its turn. All start from the same
+weights.
 
 "rollout_s", "score_s" and "learn_s" are a step's phases, medians; trl's are not told.
 Letters beside the library's: P tokens of a prompt, T of an answer, L layers, F features inside the
@@ -67,7 +68,7 @@ SHAPES = {
         "B": 64, "P": 128, "T": 128, "H": 2048, "L": 22, "F": 5632, "A": 32, "V": 32000, "R": 16,
     },
 }  # fmt: skip
-MICRO_BATCHES = 4  # that score and learn are split into, where perl's trainer runs
+MICRO_BATCHES = {"lora": 4, "full": 1}  # of score and learn
 NEVER = 10**6  # steps until the end, a checkpoint or samples
 TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
 
@@ -144,7 +145,7 @@ def config_of(folder: Path, tuning: str, case: Case) -> ReinforceConfig:
         reward_model=[str(folder / f"reward-{tuning}")], out=str(folder / f"run-{tuning}"),
         tuning=tuning, lora_rank=s["R"], lora_alpha=2.0 * s["R"], lr=LR[tuning],
         dtype=str(case.torch_dtype).removeprefix("torch."), device=case.device,
-        prompts_per_step=s["B"], micro_batch_size=s["B"] // MICRO_BATCHES,
+        prompts_per_step=s["B"], micro_batch_size=s["B"] // MICRO_BATCHES[tuning],
         max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
         steps=NEVER, checkpoint_every=NEVER, samples_every=NEVER, reward_drop=0.0,
     )  # fmt: skip
