@@ -148,10 +148,6 @@ def test_peak_of_a_process(small, job, tuning, tmp_path):
         job, "--model", small, "--data", small / f"{job}.jsonl", "--out", tmp_path / "run",
         "--tuning", tuning, "--steps", 2, "--truncate-prompts", *FLAGS[job], *flags,
     )  # fmt: skip
-    measured = max(
-        row.get("peak_memory_bytes", 0) for row in read_jsonl(tmp_path / "run/metrics.jsonl")
-    )
-    print(
-        job, tuning, planned[job][tuning]["peak"] / measured, measured / 2**20, planned[job][tuning]
-    )
+    measured = max(row.get("peak_memory_bytes", 0) for row in read_jsonl(tmp_path / "run/metrics.jsonl"))
+    print(job, tuning, planned[job][tuning]["peak"] / measured, measured / 2**20, planned[job][tuning])
     assert planned[job][tuning]["peak"] == pytest.approx(measured, rel=0.1)
