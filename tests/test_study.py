@@ -245,6 +245,20 @@ def test_tables_bars_and_figure_of_policies(tmp_path, alone, pretended, monkeypa
     assert [bars.title for bars in costs] == ["Step time", "Peak memory"]
 
 
+def test_a_study_of_policies_goes_on_where_it_stopped(tmp_path, alone, pretended, monkeypatch):
+    monkeypatch.setattr(study, "write_figure", lambda path, drawings: None)
+    ran, stop = pretended
+    stop.add("judged/cafe/tiny/rank-8/seed-1")
+    with pytest.raises(Interrupted, match="go on with: python -m perl study policy"):
+        studies.run(config(tmp_path, task="policy"))
+    assert ran[-1][0] == "judged/cafe/tiny/rank-16/seed-1"
+    stop.clear()
+    studies.run(config(tmp_path, task="policy", resume=True))
+    names = [name for name, _, _ in ran]
+    plan = policies(tmp_path, resume=True)
+    assert names == [job.name for job in (*jobs(plan), *plan.costs())]
+
+
 def test_a_sweep_of_policies_chooses_by_the_objective(tmp_path, alone):
     plan = policies(tmp_path)
     job = plan.sweep(CAFE_ANSWERS, "lora")
