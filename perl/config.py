@@ -660,7 +660,9 @@ class BenchConfig(Config):
     """The benchmarks of a checkout: kernels and training steps beside their peers, in tables."""
 
     what: Literal["kernels", "reward", "policy", "all"] = option(
-        "all", positional=True, help="kernels, the reward step, the policy's steps, or all"
+        "all",
+        positional=True,
+        help="kernels, reward (its step), policy (its step and rollouts) or all",
     )
     preset: Literal["cpu-small", "cpu", "h200", "quick", "full", "tiny"] = option(
         "cpu-small",
