@@ -336,7 +336,10 @@ class ReinforceConfig(TrainConfig):
     reward_timeout: float | None = _reward_timeout()
     reward_retries: int | None = _reward_retries()
     prompts_per_step: int = option(
-        16, unit="prompts", at_least=1, help="prompts of a step, each answered --answers-per-prompt"
+        16,
+        unit="prompts",
+        at_least=1,
+        help="prompts of a step; each is answered --answers-per-prompt times",
     )
     answers_per_prompt: int = option(
         1, unit="answers", at_least=1, help="answers to each prompt of a step"
@@ -380,14 +383,15 @@ class ReinforceConfig(TrainConfig):
         None,
         above=0,
         unit="nats per answer",
-        help="--beta is where an adaptive beta starts, which holds the KL here; default: no target",
+        help="adapt beta from step to step, from --beta on, so that the KL comes to this; default: "
+        "beta is constant",
     )
     kl_horizon: int | None = option(
         None,
         at_least=1,
         unit="steps",
-        help="of the adaptive beta: a step changes it by 1 / horizon of the KL's relative error, "
-        "held to 0.2; default 10",
+        help="how slowly the adaptive beta follows: a step changes it by 1 / horizon of the KL's "
+        "relative error, held to 0.2; default 10",
     )
     entropy_coef: float = option(
         0.0, at_least=0, help="weight of the policy's mean entropy per token, a bonus"
