@@ -48,7 +48,7 @@ Choices that the paper leaves open, and the other ways there are, each with its 
 - The result is the last policy, not the best by reward: the reward is what a policy overfits.
 
 Left out: GAE (γ = λ = 1 is the plain return) and discounting (only the last token is rewarded),
-clipping of the value loss (it gains nothing measurable: arXiv 2006.05990), division by a group's
+clipping of the value loss (it did not help: arXiv 2006.05990), division by a group's
 spread as in GRPO (it favours prompts whose answers hardly differ), dropout of the base (the policy
 that learns is the one that was sampled).
 """

@@ -32,6 +32,60 @@ def test_rewards_and_returns_by_hand():
     torch.testing.assert_close(reinforce.returns(rewards, MASK), wanted)
 
 
+def test_estimators_of_the_kl_by_hand():
+    log_prob, ref_log_prob = torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.4]).log()
+    ln2 = math.log(2.0)
+    # ratios of the anchor: 1/2 and 2
+    torch.testing.assert_close(reinforce.k1(log_prob, ref_log_prob), torch.tensor([ln2, -ln2]))
+    wanted = torch.tensor([0.5 - 1 + ln2, 2 - 1 - ln2])
+    torch.testing.assert_close(reinforce.k3(log_prob, ref_log_prob), wanted)
+
+
+def test_the_kl_of_a_sequence_is_at_its_last_token():
+    kl = torch.tensor([[0.5, -0.25, 1.0], [2.0, NAN, NAN]])
+    assert reinforce.at_last_token(kl, MASK).tolist() == [[0.0, 0.0, 1.25], [2.0, 0.0, 0.0]]
+
+
+def test_penalties_by_hand():
+    scores, ended = torch.tensor([2.0, -1.0]), torch.tensor([True, False])
+    found = reinforce.penalized(scores, MASK, ended, length_penalty=0.25, no_end_penalty=4.0)
+    assert found.tolist() == [2.0 - 0.75, -1.0 - 0.25 - 4.0]
+
+
+def test_the_other_answers_by_hand():
+    # two prompts, three answers each: prompt 0 got 1, 5, 3 and prompt 1 got 10, 40, 70
+    totals = torch.tensor([1.0, 10.0, 5.0, 40.0, 3.0, 70.0])
+    assert reinforce.leave_one_out(totals, 3).tolist() == [4.0, 55.0, 2.0, 40.0, 3.0, 25.0]
+
+
+def test_what_the_ratios_say_by_hand():
+    ratio = torch.tensor([[1.5, 1.5, 0.5], [0.5, NAN, 9.0]])
+    sampled = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 0.0, NAN]])
+    advantage = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]])
+    facts = reinforce.ratio_figures(sampled + ratio.log(), sampled, advantage, MASK, 0.2)
+    # held: a gain above 1.2, a loss below 0.8; the other two are still to be made good
+    assert facts["clip_fraction"] == 0.5
+    wanted = (2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5))) / 4
+    assert facts["approx_kl"] == pytest.approx(wanted, rel=1e-5)
+    assert reinforce.ratio_figures(sampled, sampled, advantage, MASK, 0.2) == {
+        "clip_fraction": 0.0, "approx_kl": 0.0,
+    }  # fmt: skip
+
+
+def test_an_adaptive_beta_by_hand():
+    adapted = reinforce.adapted
+    assert adapted(0.1, 5.5, 5.0, 10) == pytest.approx(0.1 * (1 + 0.1 / 10))
+    assert adapted(0.1, 50.0, 5.0, 10) == pytest.approx(0.1 * 1.02)  # held to 0.2
+    assert adapted(0.1, -3.0, 5.0, 20) == pytest.approx(0.1 * 0.99)
+    assert adapted(0.1, 5.0, 5.0, 10) == 0.1
+    assert adapted(0.999, 50.0, 5.0, 1) == 1.0
+
+
+def test_figures_of_a_step_are_means_over_the_updates_that_have_them():
+    updates = [{"loss": 1.0, "mean_abs_dlogp": 0.5}, {"loss": 4.0}]
+    assert reinforce.over_updates(updates) == {"loss": 2.5, "mean_abs_dlogp": 0.5}
+
+
 def test_advantages_by_hand_and_whitened():
     returns = torch.tensor([[3.0, 2.0, 1.0], [6.0, NAN, NAN]])
     values = torch.tensor([[1.0, 1.0, 1.0], [3.0, NAN, NAN]], requires_grad=True)
@@ -121,39 +175,117 @@ def test_one_policy_step_by_hand():
     assert hidden.grad.item() == pytest.approx(-wanted * math.log(3.0) / 4, abs=1e-12)
 
 
+class Tabular:
+    """All answers of a tabular policy over 3 tokens, token 0 ending it, at most 3 tokens long."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        prefixes = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]
+        state_of = {prefix: i for i, prefix in enumerate(prefixes)}
+        answers = [(*p, 0) for p in prefixes] + list(itertools.product((1, 2), repeat=3))
+        self.logits, self.anchor = random(7, 3).requires_grad_(), random(7, 3).log_softmax(-1)
+        self.baseline, self.scores = random(7), random(len(answers))
+        self.mask = torch.tensor([[t < len(y) for t in range(3)] for y in answers])
+        self.states = torch.tensor([[state_of.get(y[:t], 0) for t in range(3)] for y in answers])
+        tokens = torch.tensor([[*y, *[0] * (3 - len(y))] for y in answers])
+        self.log_p = self.logits.log_softmax(-1)
+        self.log_prob = self.log_p[self.states, tokens].masked_fill(~self.mask, 0.0)
+        self.ref_log_prob = self.anchor[self.states, tokens].masked_fill(~self.mask, 0.0)
+        self.probability = self.log_prob.sum(1).exp()
+        # of each answer's states, over the vocabulary
+        kl = (self.log_p.exp() * (self.log_p - self.anchor)).sum(-1)
+        self.exact_kl = kl[self.states].masked_fill(~self.mask, 0.0)
+
+    def gradient(self, x):
+        return torch.autograd.grad(x, self.logits, retain_graph=True)[0]
+
+    def objective(self, beta):
+        """J = Σ_y π(y) [(1 − β) r(y) − β log(π(y) / π_anchor(y))]"""
+        log_ratio = (self.log_prob - self.ref_log_prob).sum(1)
+        return (self.probability * ((1 - beta) * self.scores - beta * log_ratio)).sum()
+
+    def returns(self, kl, beta, per="token"):
+        if per == "sequence":
+            kl = reinforce.at_last_token(kl, self.mask)
+        rewards = reinforce.token_rewards(
+            self.scores, kl.detach(), self.mask, reward_coef=1 - beta, kl_coef=beta
+        )
+        return reinforce.returns(rewards, self.mask)
+
+    def expected(self, of_answers):
+        """The mean over all answers, with their probabilities as constants."""
+        return (self.probability.detach() * of_answers).sum()
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["k1", "exact"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_the_expected_gradient_is_that_of_the_objective(beta):
-    """All answers of a tabular policy over 3 tokens, token 0 ending it, at most 3 tokens long.
-
-    J = Σ_y π(y) [(1 − β) r(y) − β log(π(y) / π_anchor(y))] is differentiated by autograd; the
-    estimator's gradient is averaged over all answers with their probabilities. The baseline
-    depends on the state, which must not matter.
+def test_the_expected_gradient_is_that_of_the_objective(beta, estimator, per):
+    """J is differentiated by autograd; the estimator's gradient is averaged over all answers with
+    their probabilities. The baseline depends on the state, which must not matter. With the exact KL
+    each state's own has its gradient in the loss.
     """
-    generator = torch.Generator().manual_seed(0)
+    t = Tabular()
+    assert t.probability.sum().item() == pytest.approx(1.0)
+    kl = reinforce.k1(t.log_prob, t.ref_log_prob) if estimator == "k1" else t.exact_kl
+    advantage = reinforce.advantages(t.returns(kl, beta, per), t.baseline[t.states], t.mask)
+    in_loss = beta * t.exact_kl if estimator == "exact" else 0.0
+    loss = t.expected((-advantage * t.log_prob + in_loss).sum(1))
+    torch.testing.assert_close(-t.gradient(loss), t.gradient(t.objective(beta)))
 
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    prefixes = [p for n in range(3) for p in itertools.product((1, 2), repeat=n)]
-    state_of = {prefix: i for i, prefix in enumerate(prefixes)}
-    logits, anchor = random(7, 3).requires_grad_(), random(7, 3).log_softmax(-1)
-    baseline = random(7)
-    answers = [(*p, 0) for p in prefixes] + list(itertools.product((1, 2), repeat=3))
-    scores = random(len(answers))
-    mask = torch.tensor([[t < len(y) for t in range(3)] for y in answers])
-    states = torch.tensor([[state_of.get(y[:t], 0) for t in range(3)] for y in answers])
-    tokens = torch.tensor([[*y, *[0] * (3 - len(y))] for y in answers])
+def test_leaving_one_out_keeps_the_expected_gradient():
+    """Two answers to one prompt, drawn apart: all pairs of them."""
+    t = Tabular()
+    returns = t.returns(reinforce.k1(t.log_prob, t.ref_log_prob), 0.3)
+    gradient = torch.zeros_like(t.logits)
+    for pair in itertools.product(range(len(returns)), repeat=2):
+        rows = list(pair)
+        baseline = reinforce.leave_one_out(returns[rows, 0], 2)[:, None]
+        advantage = reinforce.advantages(returns[rows], baseline, t.mask[rows])
+        loss = (-advantage * t.log_prob[rows]).sum(1).mean()
+        gradient -= t.probability[rows].prod().detach() * t.gradient(loss)
+    torch.testing.assert_close(gradient, t.gradient(t.objective(0.3)))
 
-    log_prob = logits.log_softmax(-1)[states, tokens].masked_fill(~mask, 0.0)
-    ref_log_prob = anchor[states, tokens].masked_fill(~mask, 0.0)
-    probability = log_prob.sum(1).exp()
-    assert probability.sum().item() == pytest.approx(1.0)
-    objective = (1 - beta) * scores - beta * (log_prob - ref_log_prob).sum(1)
-    (wanted,) = torch.autograd.grad((probability * objective).sum(), logits, retain_graph=True)
 
-    kl = reinforce.k1(log_prob, ref_log_prob).detach()
-    rewards = reinforce.token_rewards(scores, kl, mask, reward_coef=1 - beta, kl_coef=beta)
-    advantage = reinforce.advantages(reinforce.returns(rewards, mask), baseline[states], mask)
-    loss = (probability.detach() * (-advantage * log_prob).sum(1)).sum()
-    (gradient,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(-gradient, wanted)
+def test_what_is_said_of_the_other_estimators():
+    """k1 in the loss has no gradient, k3 there that of the KL the other way round; k3 as a reward
+    misses that of its own state by just this."""
+    t = Tabular()
+    zero = torch.zeros_like(t.logits)
+    k1 = reinforce.k1(t.log_prob, t.ref_log_prob).masked_fill(~t.mask, 0.0)
+    k3 = reinforce.k3(t.log_prob, t.ref_log_prob).masked_fill(~t.mask, 0.0)
+    assert t.expected(k1.sum(1)).item() == pytest.approx(t.expected(k3.sum(1)).item())
+    torch.testing.assert_close(t.gradient(t.expected(k1.sum(1))), zero, rtol=0, atol=1e-12)
+    reverse = (t.anchor.exp() * (t.anchor - t.log_p)).sum(-1)[t.states].masked_fill(~t.mask, 0.0)
+    of_reverse = t.gradient(t.expected(reverse.sum(1)))
+    torch.testing.assert_close(t.gradient(t.expected(k3.sum(1))), of_reverse)
+    advantage = reinforce.advantages(t.returns(k3, 1.0), 0.0, t.mask)
+    as_reward = t.gradient(t.expected((advantage * t.log_prob).sum(1)))
+    torch.testing.assert_close(as_reward, t.gradient(t.objective(1.0)) + of_reverse)
+    assert of_reverse.norm() > 0.1
+
+
+def test_one_clipped_step_by_hand():
+    """h = 1, W = (ln 3, 0): p = (3/4, 1/4). Token 0, drawn where it had 1/2 and where it had 2/3.
+
+    Ratios 3/2 and 9/8. With epsilon 0.2 a gain of the first is held at 1.2 and sends nothing; the
+    second sends -A ratio d log p / dh = -A 9/8 ln 3 / 4.
+    """
+    hidden = torch.ones(1, 2, 1, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[math.log(3.0)], [0.0]], dtype=torch.float64)
+    token = torch.zeros(1, 2, dtype=torch.int64)
+    advantage = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
+    sampled = torch.tensor([[1 / 2, 2 / 3]], dtype=torch.float64).log()
+    out = pk.policy_loss(hidden, weight, token, advantage, old_log_prob=sampled, epsilon=0.2)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-(2.0 * 1.2 + 3.0 * 9 / 8) / 2, abs=1e-12)
+    wanted = [0.0, -3.0 * 9 / 8 * math.log(3.0) / 4 / 2]
+    assert hidden.grad.flatten().tolist() == pytest.approx(wanted, abs=1e-12)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    facts = reinforce.ratio_figures(out.log_prob, sampled, advantage, mask, 0.2)
+    assert facts["clip_fraction"] == 0.5

@@ -85,6 +85,47 @@ def test_an_answer_ends_with_its_end_of_sequence_token():
     assert alone.completion_ids.shape == (1, ended)
 
 
+@pytest.mark.parametrize("batch_size", [0, 9])
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(batch_size):
+    """The strings straddle tokens, some of them mere bytes of a character."""
+    backbone = make()
+
+    def draw_answers(**settings):
+        draws = draw(40, 24, backbone.device, seeded())
+        return generate(
+            backbone, None, PROMPTS[1:2] * 40, max_new_tokens=24, draws=draws, **settings
+        )
+
+    free, decode = draw_answers(), backbone.tokenizer.decode
+    answers = free.answers()
+    texts = [decode(ids) for ids in answers]
+    pieces = [[decode([token]) for token in ids] for ids in answers]
+    straddles = next(
+        one[-1] + two[0]
+        for row in pieces for one, two in zip(row, row[1:], strict=False)
+        if one.isascii() and two.isascii() and len(one) > 1 and len(two) > 1
+    )  # fmt: skip
+    others = "".join(text for text in texts if straddles not in text)
+    letter = next(c for c in others if c.isalpha() and not c.isascii())
+    stops = [straddles, letter]
+    found = draw_answers(stop=stops, batch_size=batch_size)
+    seen = set()
+    for row, ids in enumerate(answers):
+        counts = range(1, len(ids) + 1)
+        ends = [n for n in counts if any(stop in decode(ids[:n]) for stop in stops)]
+        length = min(ends, default=len(ids))
+        seen |= {stop for stop in stops if ends and stop in decode(ids[:length])}
+        assert found.answers()[row] == ids[:length]
+        assert found.ended[row] == (bool(ends) or ids[-1] == backbone.tokenizer.eos_token_id)
+    assert straddles in seen and letter in seen and not found.ended.all()
+
+
+def test_stop_strings_are_checked():
+    for stop in ("a", ["a", ""]):
+        with pytest.raises(ValueError, match="want a list of strings, none of them empty"):
+            generate(make(), None, PROMPTS, max_new_tokens=2, stop=stop)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "lm_head"]], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family, targets):

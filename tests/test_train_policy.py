@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from _tiny import SHAPE, perturb, save_tiny, tiny_model, tiny_tokenizer
 from peft import PeftModel
 
 import perl_kernels as pk
+from perl import reinforce
 from perl.backbone import Backbone
 from perl.config import ReinforceConfig, UsageError
 from perl.policy_step import ask_anchor, estimate_kl, learn, reward_returns
 from perl.reward_sources import Prompt, Unrewarded, make_scorer
 from perl.rollout import generate
-from perl.train_policy import train
+from perl.train_policy import episodes, train
+from perl.training import make_optimizer
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
 # The share of an answer's letters that are vowels.
@@ -70,6 +73,7 @@ def metrics(run) -> list[dict]:
 
 def scene(world, tuning: str, dtype: str, targets="all-linear"):
     """A perturbed policy and value, one rollout with answers of different lengths, returns."""
+    torch.manual_seed(0)
     lora = pk.LoRAConfig(r=3, target_modules=targets)
     backbone = Backbone.load(world / "base", tuning=tuning, reference=True, lora=lora, dtype=dtype)
     for role, scalar in (("policy", False), ("value", True)):
@@ -87,15 +91,25 @@ def scene(world, tuning: str, dtype: str, targets="all-linear"):
     return backbone, rollout, returns
 
 
-def plain_losses(config, backbone, rollout, returns):
-    """The two losses from full logits, by the definition: mean over answer tokens."""
+def plain_losses(config, backbone, rollout, returns, rows=slice(None), baseline=None):
+    """The two losses from full logits, by the definition: means over the answer tokens of rows.
+
+    baseline: the values' before the first of several updates.
+    """
     mask, start = rollout.completion_mask, rollout.prompt_len - 1
     inputs = (rollout.sequences, rollout.attention_mask)
     values = backbone.values("value", *inputs)[:, start:-1]
-    value_loss = ((returns - values)[mask] ** 2).mean()
-    advantage = (returns - values.detach()) if config.baseline == "value" else returns.clone()
-    if config.baseline == "batch_mean":
+    value_loss = ((returns - values)[rows][mask[rows]] ** 2).mean()
+    if config.baseline == "value":
+        advantage = returns - (values.detach() if baseline is None else baseline)
+    elif config.baseline == "batch_mean":
         advantage = returns - returns[mask].mean()
+    elif config.baseline == "leave_one_out":  # all of one prompt
+        total = returns[:, 0]
+        others = [torch.cat([total[:i], total[i + 1 :]]).mean() for i in range(len(total))]
+        advantage = returns - torch.stack(others)[:, None]
+    else:
+        advantage = returns.clone()
     if config.whiten_advantages:
         chosen = advantage[mask]
         advantage = (advantage - chosen.mean()) / (chosen.std(unbiased=False) + 1e-8)
@@ -107,12 +121,22 @@ def plain_losses(config, backbone, rollout, returns):
             logits = logits + head.scale * (hidden @ head.a.T) @ head.b.T
         return (logits / config.temperature).log_softmax(-1)
 
+    def of_tokens(log_p):
+        return log_p.gather(-1, rollout.completion_ids[..., None]).squeeze(-1)
+
     ours, anchor = log_softmax("policy"), log_softmax(None).detach()
-    log_prob = ours.gather(-1, rollout.completion_ids[..., None]).squeeze(-1)
-    loss = -advantage * log_prob
-    if config.kl_in == "loss":
+    loss = -advantage * of_tokens(ours)
+    if config.epochs_per_batch * config.minibatches > 1:
+        ratio, epsilon = (of_tokens(ours) - rollout.log_prob).exp(), config.clip_epsilon
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    if config.kl_estimator == "exact":
         loss = loss + config.beta * (ours.exp() * (ours - anchor)).sum(-1)
-    return loss[mask].mean(), value_loss
+    elif config.kl_in == "loss":
+        log_ratio = of_tokens(anchor) - of_tokens(ours)
+        loss = loss + config.beta * (log_ratio.exp() - 1 - log_ratio)
+    loss = loss + config.entropy_coef * (ours.exp() * ours).sum(-1)
+    return loss[rows][mask[rows]].mean(), value_loss
 
 
 def gradients(backbone):
@@ -124,6 +148,30 @@ def gradients(backbone):
     return found
 
 
+def compare(config, backbone, rollout, returns, tolerance):
+    """The first update's facts and gradients against the definition; returns the facts."""
+    policy_loss, value_loss = plain_losses(config, backbone, rollout, returns)
+    (policy_loss + (value_loss if config.baseline == "value" else 0.0)).backward()
+    wanted = gradients(backbone)
+    anchor = ask_anchor(config, backbone, rollout)
+    facts = next(learn(config, backbone, rollout, returns, anchor, config.beta))
+    assert facts["loss"] == pytest.approx(policy_loss.item(), rel=tolerance, abs=tolerance)
+    if config.baseline == "value":
+        assert facts["value_loss"] == pytest.approx(value_loss.item(), rel=tolerance)
+    norms = {"policy": 0.0, "value": 0.0}
+    for key, gradient in gradients(backbone).items():
+        assert (gradient is None) == (wanted[key] is None), key
+        if gradient is not None:
+            scale = wanted[key].abs().max().clamp(min=1e-6)
+            assert ((gradient - wanted[key]).abs().max() / scale) < 10 * tolerance, key
+            norms[key[0]] += gradient.abs().sum().item()
+    assert norms["policy"] > 0 and (norms["value"] > 0) == (config.baseline == "value")
+    return facts
+
+
+HEAD = {"lora_targets": ["q_proj", "lm_head"]}
+
+
 @pytest.mark.parametrize(
     "tuning, changes",
     [
@@ -133,10 +181,11 @@ def gradients(backbone):
         ("lora", {"whiten_advantages": True}),
         ("lora", {"baseline": "batch_mean"}),
         ("lora", {"baseline": "none", "micro_batch_size": 1}),
-        ("lora", {"lora_targets": ["q_proj", "lm_head"]}),
-        ("lora", {"lora_targets": ["q_proj", "lm_head"], "kl_in": "loss", "beta": 0.4}),
+        ("lora", HEAD),
+        ("lora", {"kl_in": "loss", "beta": 0.4} | HEAD),
+        ("lora", {"kl_in": "loss", "kl_estimator": "k3", "entropy_coef": 0.3} | HEAD),
         ("full", {}),
-        ("full", {"micro_batch_size": 2}),
+        ("full", {"micro_batch_size": 2, "entropy_coef": 0.3}),
     ],
 )
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-6), ("float32", 1e-4)])
@@ -145,25 +194,122 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
     config = make_config(world, tuning=tuning, **changes)
     targets = changes.get("lora_targets", "all-linear")
     backbone, rollout, returns = scene(world, tuning, dtype, targets)
-    policy_loss, value_loss = plain_losses(config, backbone, rollout, returns)
-    (policy_loss + (value_loss if config.baseline == "value" else 0.0)).backward()
-    wanted = gradients(backbone)
-    anchor = ask_anchor(config, backbone, rollout)
-    facts = next(learn(config, backbone, rollout, returns, anchor, config.beta))
-    assert facts["loss"] == pytest.approx(policy_loss.item(), rel=tolerance, abs=tolerance)
-    if config.baseline == "value":
-        assert facts["value_loss"] == pytest.approx(value_loss.item(), rel=tolerance)
+    facts = compare(config, backbone, rollout, returns, tolerance)
     assert facts["max_abs_dlogp"] < 1e-4
-    norms = {"policy": 0.0, "value": 0.0}
-    for key, gradient in gradients(backbone).items():
-        assert (gradient is None) == (wanted[key] is None), key
-        if gradient is not None:
-            scale = wanted[key].abs().max().clamp(min=1e-6)
-            assert ((gradient - wanted[key]).abs().max() / scale) < 10 * tolerance, key
-            norms[key[0]] += gradient.abs().sum().item()
-    assert norms["policy"] > 0 and (norms["value"] > 0) == (config.baseline == "value")
-    of_head = [key for key in wanted if "lm_head.lora_" in key[1]]
+    of_head = [key for key, _ in backbone.trainable("policy") if "lm_head.lora_" in key]
     assert len(of_head) == 2 * ("lm_head" in targets)
+
+
+KINDS = [("reward", "k1"), ("reward", "k3"), ("loss", "k3"), ("reward", "exact"), ("loss", "exact")]
+BASELINES = ["value", "batch_mean", "leave_one_out", "none"]
+
+
+@pytest.mark.parametrize("tuning, kinds", [("lora", KINDS), ("full", KINDS[:3])])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_gradients_of_every_kl_baseline_and_clip(world, tuning, kinds, every):
+    """Tokens are from another policy than the one that learns, so that ratios are clipped."""
+    backbone, rollout, returns = scene(world, tuning, "float64")
+    gap = torch.randn(returns.shape, generator=torch.Generator().manual_seed(3))
+    rollout = rollout._replace(log_prob=(rollout.log_prob - 0.5 * gap) * rollout.completion_mask)
+    combinations = list(product(kinds, BASELINES, (1, 2)))[::every]
+    for (kl_in, estimator), baseline, epochs in combinations:
+        config = make_config(
+            world, tuning=tuning, kl_in=kl_in, kl_estimator=estimator, baseline=baseline, beta=0.4,
+            answers_per_prompt=3, epochs_per_batch=epochs, entropy_coef=0.2 * (estimator == "k3"),
+        )  # fmt: skip
+        facts = compare(config, backbone, rollout, returns, 1e-6)
+        assert ("clip_fraction" in facts) == (epochs == 2)
+        if epochs == 2:
+            assert 0.1 < facts["clip_fraction"] < 0.6 and facts["approx_kl"] > 0.05
+
+
+@pytest.mark.parametrize("tuning, changes", [
+    ("lora", {"baseline": "value", "kl_estimator": "exact"}),
+    ("full", {"baseline": "leave_one_out", "answers_per_prompt": 3, "whiten_advantages": True}),
+])  # fmt: skip
+def test_several_updates_are_a_naive_loop_of_them(world, tuning, changes):
+    config = make_config(
+        world, tuning=tuning, beta=0.4, lr=2e-2, warmup_steps=0, epochs_per_batch=2, minibatches=3,
+        entropy_coef=0.1, **changes,
+    )  # fmt: skip
+    roles = ["policy", "value"] if config.baseline == "value" else ["policy"]
+
+    naive, rollout, returns = scene(world, tuning, "float64")
+    before = [p.detach().clone() for role in roles for _, p in naive.trainable(role)]
+    inputs = (rollout.sequences, rollout.attention_mask)
+    baseline = naive.values("value", *inputs)[:, rollout.prompt_len - 1 : -1].detach()
+    groups = {role: [p for _, p in naive.trainable(role)] for role in roles}
+    adam = {role: torch.optim.AdamW(groups[role], lr=2e-2, weight_decay=0.0) for role in roles}
+    for row in (0, 1, 2, 0, 1, 2):
+        rows = slice(row, row + 1)
+        losses = dict(zip(("policy", "value"), plain_losses(
+            config, naive, rollout, returns, rows, baseline
+        ), strict=True))  # fmt: skip
+        for role in roles:
+            adam[role].zero_grad()
+            losses[role].backward(inputs=groups[role])
+            torch.nn.utils.clip_grad_norm_(groups[role], 1.0)
+        for role in roles:
+            adam[role].step()
+
+    ours, rollout, returns = scene(world, tuning, "float64")
+    optimizers = {role: make_optimizer(config, ours, role, 2e-2) for role in roles}
+    anchor, updates = ask_anchor(config, ours, rollout), []
+    for facts in learn(config, ours, rollout, returns, anchor, config.beta):
+        for optimizer in optimizers.values():
+            optimizer.clip()
+            optimizer.step(1)
+        updates.append(facts)
+    wanted = [p for role in roles for _, p in naive.trainable(role)]
+    found = [p for role in roles for _, p in ours.trainable(role)]
+    moved = max((p - q).abs().max() for p, q in zip(wanted, before, strict=True))
+    assert moved > 5e-2
+    for p, q in zip(found, wanted, strict=True):
+        assert (p - q).abs().max() < 1e-4
+    first, last = updates[0], updates[-1]
+    assert len(updates) == 6 and [("max_abs_dlogp" in u) for u in updates] == [True] + [False] * 5
+    assert (
+        first["clip_fraction"] == 0 and first["approx_kl"] < 1e-8 and first["max_abs_dlogp"] < 1e-4
+    )
+    assert last["approx_kl"] > 1e-3 and max(u["clip_fraction"] for u in updates) > 0
+
+
+@pytest.mark.parametrize("kl_in, estimator, per", [
+    ("reward", "k1", "token"), ("reward", "k1", "sequence"), ("reward", "k3", "token"),
+    ("reward", "exact", "token"), ("reward", "exact", "sequence"), ("loss", "exact", "token"),
+])  # fmt: skip
+def test_the_kl_in_the_reward_is_the_definition(world, kl_in, estimator, per):
+    """Penalties are of the score, and taken with it."""
+    config = make_config(
+        world, kl_in=kl_in, kl_estimator=estimator, kl_per=per, length_penalty=0.1,
+        no_end_penalty=0.7, micro_batch_size=2,
+    )  # fmt: skip
+    backbone, rollout, _ = scene(world, "lora", "float64")
+    rollout = rollout._replace(ended=torch.tensor([False, True, False]))
+    mask, start = rollout.completion_mask, rollout.prompt_len - 1
+    anchor, kl = ask_anchor(config, backbone, rollout), torch.zeros(mask.shape)
+    if kl_in == "reward":
+        kl = estimate_kl(config, backbone, rollout, anchor)
+    found = reward_returns(config, torch.tensor([1.0, 2.0, 3.0]), kl, rollout, 0.25)
+    with torch.no_grad():
+        ours, ref = (
+            (backbone.hidden(role, *rollout[:2])[:, start:-1] @ backbone.head().weight.T / 0.9)
+            .log_softmax(-1) for role in ("policy", None)
+        )  # fmt: skip
+    log_ratio = (ours - ref).gather(-1, rollout.completion_ids[..., None]).squeeze(-1)
+    wanted_kl = {
+        "k1": log_ratio, "k3": (-log_ratio).exp() - 1 + log_ratio,
+        "exact": (ours.exp() * (ours - ref)).sum(-1),
+    }[estimator] * mask * (kl_in == "reward")  # fmt: skip
+    lengths = mask.sum(1)
+    assert lengths.tolist() == [6, 3, 6]
+    scores = torch.tensor([1.0 - 0.6 - 0.7, 2.0 - 0.3, 3.0 - 0.6 - 0.7])
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            still = wanted_kl[row].sum() if per == "sequence" else wanted_kl[row, t:].sum()
+            wanted = 0.75 * scores[row] - 0.25 * still
+            assert found[row, t].item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert (found[1, 3:] == 0).all()
 
 
 @pytest.mark.parametrize("rows", [0, 2])
@@ -220,6 +366,19 @@ def test_the_return_follows_the_convention(world):
         config = make_config(world, **changes)
         returns = reward_returns(config, scores, kl, rollout, config.beta)
         torch.testing.assert_close(returns[:, 0], wanted)
+
+
+def test_minibatches_have_short_prompts_and_long_ones(world):
+    batch = [Prompt(None, [1] * n) for n in range(1, 7)]
+    assert episodes(make_config(world), batch) == batch
+    config = make_config(world, minibatches=2, answers_per_prompt=2)
+    assert [len(p) for p in episodes(config, batch)] == [1, 3, 5, 2, 4, 6] * 2
+
+
+def test_an_answer_that_a_stop_string_ends_counts_as_ended(world):
+    train(make_config(world, stop=["a", "t"], steps=1, max_new_tokens=12))
+    (row,) = metrics(world / "run")
+    assert row["ended"] > 0 and row["length"] < 12
 
 
 # -------------------------------------------------------------------------------------- learns
@@ -320,7 +479,11 @@ def test_exact_kl_in_the_loss_is_logged(world):
 # -------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("changes", [{"tuning": "full"}, {"baseline": "batch_mean"}])
+@pytest.mark.parametrize("changes", [
+    {"tuning": "full"},
+    {"baseline": "leave_one_out", "answers_per_prompt": 2, "prompts_per_step": 2,
+     "epochs_per_batch": 2, "minibatches": 2, "kl_target": 0.01, "lora_dropout": 0.1},
+])  # fmt: skip
 def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
     settings = dict(steps=5, checkpoint_every=2, lr=1e-3, warmup_steps=1, **changes)
     train(make_config(world, "whole", **settings))
@@ -335,6 +498,11 @@ def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
     assert (world / "part/checkpoints/step-3").is_dir()  # of the last finished step
     train(make_config(world, "part", **settings, resume=True))
     assert metrics(world / "part") == metrics(world / "whole")
+    if "kl_target" in changes:
+        rows = metrics(world / "whole")
+        assert rows[0]["beta"] == 0.05 and len({row["beta"] for row in rows}) == 5
+        for row, after in zip(rows, rows[1:], strict=False):
+            assert after["beta"] == reinforce.adapted(row["beta"], row["kl"], 0.01, 10)
 
 
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(world):
@@ -358,6 +526,15 @@ def test_bad_input_is_refused_before_anything_is_written(world):
     refused(world, "does not exist", data=str(world / "absent.jsonl"))
     refused(world, "has no function other", reward_function=f"{world / 'reward.py'}:other")
     refused(world, "exact wants one head", kl_in="loss", tuning="full")
+    refused(world, "no gradient on average", kl_in="loss", kl_estimator="k1")
+    refused(world, "in the loss it is per token", kl_in="loss", kl_per="sequence")
+    refused(world, "give --kl-target", kl_horizon=5)
+    refused(world, "starts at 0", kl_target=1.0, beta=0.0)
+    refused(world, "--answers-per-prompt 2 or more", baseline="leave_one_out")
+    refused(world, "the ratio is 1 in the first", clip_epsilon=0.2)
+    refused(world, "learn and clip already", importance_cap=2.0, minibatches=2)
+    refused(world, "none of them empty", stop=["a", ""])
+    refused(world, "4 rows .*each of 3 --minibatches; give a multiple of 3", minibatches=3)
     refused(world, "exactly one of", reward_model=str(world))
     other = Backbone.load(model=tiny_model(seed=9), tokenizer=tiny_tokenizer())
     other.add_role("reward", scalar=True)
