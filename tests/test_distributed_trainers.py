@@ -67,6 +67,11 @@ ALIKE = {
     "labels": LABELS + ["--balance-labels"],
     "reinforce": REINFORCE + ["--whiten-advantages", "--micro-batch-size", "1"],
 }
+ALIKE["reinforce-ppo"] = REINFORCE + [
+    "--answers-per-prompt", "2", "--baseline", "leave_one_out", "--epochs-per-batch", "2",
+    "--minibatches", "2", "--kl-estimator", "exact", "--kl-target", "0.1", "--entropy-coef", "0.01",
+    "--length-penalty", "0.02", "--no-end-penalty", "0.1", "--stop", "a", "e",
+]  # fmt: skip
 SHARDED = ["sft", "sft-full", "reinforce"]
 ALIKE_SLOW = {
     "pairs-full": PAIRS + FULL,
