@@ -279,6 +279,10 @@ class Backbone:
         role = self._roles[name]
         return list(_parameters(role)) if role.trainable else []
 
+    def is_scalar(self, name: str) -> bool:
+        """Whether the role has a scalar head: a reward or value model, which answers nothing."""
+        return self._roles[name].score is not None
+
     def checkpoint_activations(self, name: str) -> None:
         """From now on the role's passes keep the inputs of decoder layers only.
 

@@ -9,10 +9,8 @@ what is implemented.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from perl import distributed
 from perl.backbone import Backbone
 from perl.config import UsageError
 from perl.data import Encoded, Labelled, Pair, pad
+from perl.functions import load_function
 from perl.run import NonFiniteLoss
 from perl.training import by_length
 
@@ -242,26 +241,7 @@ def load_reward_function(target: str) -> RewardFunction:
     What it returns is checked at every call: one finite number for each completion. Raises
     UsageError for a target, file or function that is not there, and for a wrong return value.
     """
-    path, _, name = target.rpartition(":")
-    if not path or not name.isidentifier():
-        raise UsageError(f"--reward-function is {target!r}; want FILE.py:NAME")
-    if not Path(path).is_file():
-        raise UsageError(f"--reward-function: {path} does not exist; want FILE.py:NAME")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--reward-function: {path} is no Python file; want FILE.py:NAME")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(
-            f"--reward-function: {path} fails to import: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(
-            f"--reward-function: {path} has no function {name}; define {name}(prompts, completions)"
-        )
+    function = load_function("--reward-function", target, "prompts, completions")
 
     def checked(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         try:

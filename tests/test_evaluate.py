@@ -77,7 +77,7 @@ def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
     where = [
         "--model",
         files / "model",
-        "--adapter",
+        "--policy",
         files / "adapter",
         "--data",
         files / "rows.jsonl",
