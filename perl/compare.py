@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from perl import judge, policies
-from perl.backbone import Backbone
 from perl.config import CompareConfig, UsageError
 from perl.data import Encoded, read_rows
 from perl.ensemble import WINDOW, Rewards, base_of_reward_model
@@ -36,6 +35,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     rows = read_rows(config.data, config.format).first(config.rows)
     config = dataclasses.replace(config, model=base(config))
     template = judge.read_template(config.judge_template, judge.COMPARISON, judge.PAIR)
+    function = config.judge_function and judge.load_judge_function(config.judge_function)
     file = GrowingRows(out, settings(config))
     if not file.folder.exists():
         new_file(page)
@@ -44,7 +44,13 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     names = (config.first, config.second)
     both = policies.open_policies(config, backbone, names, prompts)
     rewards_of = policies.open_rewards(config, backbone)
-    opinions_of = open_judge(config, backbone, template, prompts)
+    opinions_of = None
+    if config.judge_model:
+        reader = judge.open_reader(config, backbone, template, ["A", "B"])
+        judge.check_room(reader, judge.PAIR, prompts, config.max_new_tokens)
+        opinions_of = in_both_orders(judge.language_judge(reader))
+    elif function:
+        opinions_of = in_both_orders(function)
 
     # ---- loop
     window = WINDOW * config.batch_size
@@ -104,22 +110,16 @@ def settings(config: CompareConfig) -> dict[str, Any]:
     return values | stamps(files)
 
 
+# ----------------------------------------------------------------------------------- judgement
+
 # of the first policy's answers: shown first, and shown second
 Opinions = tuple[list[judge.Opinion], list[judge.Opinion]]
 
 
-def open_judge(
-    config: CompareConfig, backbone: Backbone, template: str, prompts: Encoded
-) -> Callable[[Encoded, Sequence[Answer], Sequence[Answer]], Opinions] | None:
-    """The judge that reads answers, in both orders; None where the rewards are to judge."""
-    if config.judge_function:
-        ask = judge.load_judge_function(config.judge_function)
-    elif config.judge_model:
-        reader = judge.open_reader(config, backbone, template, ["A", "B"])
-        judge.check_room(reader, judge.PAIR, prompts, config.max_new_tokens)
-        ask = judge.language_judge(reader)
-    else:
-        return None
+def in_both_orders(
+    ask: judge.Judge,
+) -> Callable[[Encoded, Sequence[Answer], Sequence[Answer]], Opinions]:
+    """A judge of two texts as one of two policies' answers."""
 
     def opinions(part: Encoded, first: Sequence[Answer], second: Sequence[Answer]) -> Opinions:
         one, other = ([answer.text for answer in answers] for answers in (first, second))
@@ -130,13 +130,13 @@ def open_judge(
     return opinions
 
 
-# --------------------------------------------------------------------------------------- rows
-
-
 def by_reward(first: Rewards, second: Rewards) -> Opinions:
     """The difference of rewards, which is the same in any order."""
     found = [judge.Opinion(p) for p in (first.reward - second.reward).tolist()]
     return found, found
+
+
+# --------------------------------------------------------------------------------------- rows
 
 
 def rows_of(
@@ -176,7 +176,8 @@ def rows_of(
 
 def figures_of(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`judge.win_figures` and, of each policy, means over its answers."""
-    figures = {"prompts": len(rows)}
+    who = config.judge_model or config.judge_function or config.reward_function
+    figures = {"prompts": len(rows), "judge": who or " ".join(config.reward_model)}
     figures |= judge.win_figures([row["preference"] for row in rows], config.tie_margin)
     if "judge_mass" in rows[0]:
         figures["judge_mass"] = statistics.fmean(row["judge_mass"] for row in rows)

@@ -35,6 +35,7 @@ from perl.backbone import Backbone
 from perl.config import CompareConfig, EvaluateConfig, UsageError
 from perl.data import Encoded, pad, prompt_ids
 from perl.functions import load_function
+from perl.progress import progress
 from perl.training import by_length
 
 
@@ -228,8 +229,10 @@ class LabelReader:
         """What is made of each filling of the template. UsageError for one that does not fit."""
         prompts = [self.encode(v, place) for v, place in zip(values, places, strict=True)]
         found = torch.zeros(len(prompts), 2, dtype=torch.float64)
-        for rows in by_length(prompts, self.batch_size):
-            found[rows] = self._log_prob([prompts[i] for i in rows])
+        with progress(len(prompts), "judge", "text") as bar:
+            for rows in by_length(prompts, self.batch_size):
+                found[rows] = self._log_prob([prompts[i] for i in rows])
+                bar.update(len(rows))
         preference, mass = found[:, 0] - found[:, 1], found.exp().sum(1)
         return [Opinion(*pair) for pair in zip(preference.tolist(), mass.tolist(), strict=True)]
 

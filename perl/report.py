@@ -225,11 +225,11 @@ def write_verdicts(
     return _write(
         path,
         f"{names[0]} against {names[1]}",
-        [f"{figures['prompts']:,} prompts. A win needs the judge's vote in both orders."],
+        [f"{figures['prompts']:,} prompts · judge {figures['judge']} · a win needs both orders"],
         [
             ("Verdicts", _table(verdicts)),
             ("Policies", _table(_policies(figures))),
-            ("Judge", _drawings(path.with_suffix(".png"), _opinions(names, rows))),
+            ("Distributions", _drawings(path.with_suffix(".png"), _opinions(names, rows))),
             ("Answers", _samples([_sample_of_verdict(names, row) for row in rows[:SHOWN]])),
         ],
     )
@@ -544,10 +544,10 @@ def _policies(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _opinions(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Histogram]:
     """What the judge thought in each order, and the rewards, where there are any."""
-    orders = zip(*(row["preference"] for row in rows), strict=True)
-    labels = ("first shown first", "second shown first")
+    orders = [[row["preference"][i] for row in rows] for i in (0, 1)]
+    labels = ("shown first", "shown second") if orders[0] != orders[1] else ("in any order",)
     drawings = [
-        _histogram("For the first or the second", "preference for the first", labels, orders)
+        _histogram("Judge", f"preference for the first ({names[0]})", labels, orders[: len(labels)])
     ]
     if "reward" in rows[0]["first"]:
         rewards = ([row[side]["reward"] for row in rows] for side in ("first", "second"))
@@ -572,9 +572,10 @@ def _sample_of_verdict(names: Sequence[str], row: Mapping[str, Any]) -> Sample:
         facts = [f"{answer['tokens']} tokens" + ("" if answer["ended"] else ", cut")]
         facts += [f"{key} {_text(answer[key], 3)}" for key in ("reward", "kl") if key in answer]
         answers[f"{side}: {name}"] = Answer(answer["completion"].strip(), " · ".join(facts))
-    said = {"first": "The first wins", "second": "The second wins", "tie": "Tie"}[row["verdict"]]
-    shown = " and ".join(f"{preference:+.3g}" for preference in row["preference"])
-    return Sample(row["prompt"], answers, f"{said}: preference for the first {shown}, by order.")
+    said = {"first": "The first wins.", "second": "The second wins.", "tie": "A tie."}
+    shown, turned = (f"{preference:+.3g}" for preference in row["preference"])
+    orders = f"Preference for the first: {shown} shown first, {turned} shown second."
+    return Sample(row["prompt"], answers, f"{said[row['verdict']]} {orders}")
 
 
 # ---------------------------------------------------------------------------------------------
