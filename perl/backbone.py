@@ -83,6 +83,7 @@ class _Role:
     adapter: str | None  # None: the model's own weights
     score: nn.Linear | None  # float32, (1, H)
     trainable: bool
+    tokenizer: Any = None  # its own; None: the backbone's
 
 
 class Backbone:
@@ -184,14 +185,20 @@ class Backbone:
         self._add(name, role)
 
     def load_role(
-        self, name: str, folder: str | Path, trainable: bool = False, scalar: bool = False
+        self,
+        name: str,
+        folder: str | Path,
+        trainable: bool = False,
+        scalar: bool = False,
+        own_tokenizer: bool = False,
     ) -> None:
         """Adds a role from a folder that `save_role`, PEFT or transformers wrote, or a run folder.
 
         An adapter folder becomes an adapter of this base (under full tuning: of a copy of it); its
         `score` makes the role scalar. A transformers folder becomes a model of its own, a sequence
         classifier with one label if its config says so, else a causal LM.
-        scalar: insist on a scalar head.
+        scalar: insist on a scalar head. own_tokenizer: a model with another tokenizer is welcome,
+        since its passes are given the ids of that, `tokenizer_of`.
         Raises UsageError when the adapter belongs to another base, the tokenizer differs, or the
         scalar head is not there.
         """
@@ -200,7 +207,7 @@ class Backbone:
         if is_adapter(folder):
             role = self._load_adapter_role(name, folder, trainable)
         elif (folder / "config.json").is_file():
-            role = self._load_model_role(folder, trainable)
+            role = self._load_model_role(folder, trainable, own_tokenizer)
             if trainable and self.tuning == "full" and not self._reference:
                 self.model.to("meta")  # the model of the role takes its place
         else:
@@ -298,6 +305,14 @@ class Backbone:
             )
         for layer in layers:
             layer.forward = functools.partial(_checkpointed, layer.forward)
+
+    def tokenizer_of(self, role: str) -> Any:
+        """The tokenizer that a role's passes want their ids from."""
+        return self._roles[role].tokenizer or self.tokenizer
+
+    def context(self, role: str) -> int:
+        """The longest sequence of a role, in tokens."""
+        return self._roles[role].model.config.max_position_embeddings
 
     # ----------------------------------------------------------------------------------- passes
 
@@ -443,19 +458,26 @@ class Backbone:
             score.weight.data.copy_(weight)
         return _Role(model, name, score, trainable)
 
-    def _load_model_role(self, folder: Path, trainable: bool) -> _Role:
-        _check_same_tokenizer(self.tokenizer, folder)
+    def _load_model_role(self, folder: Path, trainable: bool, own_tokenizer: bool) -> _Role:
+        tokenizer = _other_tokenizer(self.tokenizer, folder)
+        if tokenizer is not None and not own_tokenizer:
+            raise UsageError(
+                f"{folder} has another tokenizer than the policy: its model would read other "
+                "words; give a model with the policy's tokenizer"
+            )
         dtype = next(self.model.parameters()).dtype
         architectures = _from_pretrained(AutoConfig, str(folder)).architectures or []
         scalar = any(name.endswith("ForSequenceClassification") for name in architectures)
         kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
         model = _from_pretrained(kind, folder, dtype).to(self.device)
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, model, str(folder))
         if not scalar:
             return _Role(model, None, None, trainable)
         if not isinstance(getattr(model, "score", None), nn.Linear) or len(model.score.weight) != 1:
             raise UsageError(f"{folder} is a classifier without a one-label `score` head")
         model.score = model.score.float()
-        return _Role(model, None, model.score, trainable)
+        return _Role(model, None, model.score, trainable, tokenizer)
 
 
 # --------------------------------------------------------------------------------------- helpers
@@ -653,14 +675,10 @@ def _check_tokenizer(tokenizer: Any, model: nn.Module, name: str) -> None:
         )
 
 
-def _check_same_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """A model of its own reads the policy's token ids, so it must share the policy's tokenizer."""
+def _other_tokenizer(tokenizer: Any, folder: Path) -> Any:
+    """The folder's tokenizer; None where its tokens are those of `tokenizer`."""
     other = _from_pretrained(AutoTokenizer, str(folder))
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise UsageError(
-            f"{folder} has another tokenizer than the policy: its model would read other words; "
-            "give a reward model with the policy's tokenizer, or --reward-function"
-        )
+    return None if other.get_vocab() == tokenizer.get_vocab() else other
 
 
 @torch.no_grad()

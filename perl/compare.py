@@ -22,6 +22,7 @@ from perl.files import GrowingRows, new_file, stamps
 from perl.policies import Answer
 from perl.progress import progress
 from perl.report import write_verdicts
+from perl.reward_sources import open_text_source
 from perl.run import Interrupted, role_folder
 from perl.training import open_backbone
 
@@ -33,17 +34,19 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     # ---- load: everything that can be refused is refused before anything is written
     out, page = new_file(config.out), Path(config.out).with_suffix(".html")
     rows = read_rows(config.data, config.format).first(config.rows)
+    policies.want_prompts(config, rows)
     config = dataclasses.replace(config, model=base(config))
     template = judge.read_template(config.judge_template, judge.COMPARISON, judge.PAIR)
     function = config.judge_function and judge.load_judge_function(config.judge_function)
-    file = GrowingRows(out, settings(config))
+    source = open_text_source(config, lambda: rows[0]["prompt"])
+    file = GrowingRows(out, settings(config, template))
     if not file.folder.exists():
         new_file(page)
     backbone = open_backbone(config)
     prompts = policies.encode(config, backbone, rows)
     names = (config.first, config.second)
     both = policies.open_policies(config, backbone, names, prompts)
-    rewards_of = policies.open_rewards(config, backbone)
+    rewards_of = policies.open_rewards(config, backbone, source)
     opinions_of = None
     if config.judge_model:
         reader = judge.open_reader(config, backbone, template, ["A", "B"])
@@ -94,12 +97,14 @@ def base(config: CompareConfig) -> str:
     return model
 
 
-def settings(config: CompareConfig) -> dict[str, Any]:
-    """What the verdicts depend on: flags, and the files of data and models as they are."""
-    values = dataclasses.asdict(config)
-    for name in ("out", "device", "threads"):
+def settings(config: CompareConfig, template: str) -> dict[str, Any]:
+    """What the verdicts depend on: flags, and the files of data, functions and models as now."""
+    values = dataclasses.asdict(config) | {"judge_template": template}
+    for name in ("out", "device", "threads", "reward_timeout", "reward_retries"):
         del values[name]
     files = [Path(config.data)]
+    for function in (config.judge_function, config.reward_function):
+        files += [Path(function.rpartition(":")[0])] if function else []
     for name in (config.first, config.second):
         if Path(name).is_file():
             files.append(Path(name))
@@ -176,8 +181,9 @@ def rows_of(
 
 def figures_of(config: CompareConfig, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`judge.win_figures` and, of each policy, means over its answers."""
-    who = config.judge_model or config.judge_function or config.reward_function
-    figures = {"prompts": len(rows), "judge": who or " ".join(config.reward_model)}
+    judges = (config.judge_model, config.judge_function, config.reward_function, config.reward_url)
+    who = next(filter(None, judges), None) or " ".join(config.reward_model)
+    figures = {"prompts": len(rows), "judge": who}
     figures |= judge.win_figures([row["preference"] for row in rows], config.tie_margin)
     if "judge_mass" in rows[0]:
         figures["judge_mass"] = statistics.fmean(row["judge_mass"] for row in rows)

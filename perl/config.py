@@ -15,6 +15,7 @@ import operator
 import os
 import types
 import typing
+import urllib.parse
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +112,73 @@ def _ensemble() -> Any:
         help="several --reward-model folders as one: the mean of their scores, or the lowest "
         "(default mean)",
     )
+
+
+def _reward_url() -> Any:
+    return option(
+        None,
+        resumable=True,
+        help='HTTP endpoint: POST {"prompts": [...], "completions": [...]}, answered by '
+        '{"rewards": [...]}; asked once before the model is loaded',
+    )
+
+
+def _reward_timeout() -> Any:
+    return option(
+        None,
+        unit="seconds",
+        above=0,
+        resumable=True,
+        help="how long a reward function, or one request to --reward-url, may take (default "
+        f"{REWARD_TIMEOUT:g})",
+    )
+
+
+def _reward_retries() -> Any:
+    return option(
+        None,
+        at_least=0,
+        resumable=True,
+        help="more requests to --reward-url after a failed connection, a time-out, 429 or 5xx, 1, "
+        f"2, 4, ... seconds apart (default {REWARD_RETRIES})",
+    )
+
+
+REWARD_TIMEOUT = 180.0  # seconds: a model behind an endpoint, or in a function, scores a batch
+REWARD_RETRIES = 5  # half a minute of waiting: a server that is started anew
+
+
+def _check_reward_source(config: Any, needed: bool) -> None:
+    """One source, or none where none is needed; fills in the defaults that belong to it."""
+    sources = [config.reward_model, config.reward_function, config.reward_url]
+    given = sum(source is not None for source in sources)
+    if given > 1 or needed and not given:
+        raise UsageError(
+            "rewards come from exactly one of --reward-model FOLDER, --reward-function "
+            f"FILE.py:NAME and --reward-url URL; {given or 'none'} given"
+        )
+    _check_reward_models(config)
+    if config.reward_url is not None:
+        if not _is_http(config.reward_url):
+            raise UsageError(
+                f"--reward-url is {config.reward_url!r}; want http://HOST[:PORT]/PATH, or https"
+            )
+        if config.reward_retries is None:
+            config.reward_retries = REWARD_RETRIES
+    elif config.reward_retries is not None:
+        raise UsageError("--reward-retries is for --reward-url; leave it out")
+    if config.reward_url is not None or config.reward_function is not None:
+        config.reward_timeout = config.reward_timeout or REWARD_TIMEOUT
+    elif config.reward_timeout is not None:
+        raise UsageError("--reward-timeout is for --reward-url and --reward-function; leave it out")
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an address
+        return False
 
 
 _FOLDER = (
@@ -274,12 +342,16 @@ class ReinforceConfig(TrainConfig):
     reward_model: list[str] | None = option(
         None,
         metavar="FOLDER",
-        help="folder of a reward run, or of its reward model; several make an ensemble",
+        help="folder of a reward run, or of its reward model; several make an ensemble; a whole "
+        "model may have a tokenizer of its own, and then reads the text",
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(
         None, help="FILE.py:NAME, a Python function NAME(prompts, completions) -> list of floats"
     )
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
     prompts_per_step: int = option(16, unit="prompts", at_least=1, help="episodes per update")
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
     temperature: float = option(0.9, above=0, help="sampling temperature, also of log p")
@@ -307,6 +379,21 @@ class ReinforceConfig(TrainConfig):
     value_lr: float | None = option(
         None, above=0, help="learning rate of the value model; default as --lr"
     )
+    kl_limit: float | None = option(
+        None,
+        unit="nats",
+        above=0,
+        resumable=True,
+        help="stop when the KL per answer lies above this in 5 steps in a row; default: never",
+    )
+    reward_drop: float = option(
+        2.0,
+        unit="standard deviations of an answer's reward",
+        at_least=0,
+        resumable=True,
+        help="stop when the mean reward of 20 steps lies this far below that of the first 20; "
+        "0 = never",
+    )
     samples_every: int = option(
         10, unit="updates", at_least=1, help="updates between rows of samples.jsonl"
     )
@@ -315,12 +402,7 @@ class ReinforceConfig(TrainConfig):
         super().__post_init__()
         if self.value_lr is None:
             self.value_lr = self.lr
-        if (self.reward_model is None) == (self.reward_function is None):
-            raise UsageError(
-                "reinforce wants exactly one of --reward-model FOLDER and "
-                "--reward-function FILE.py:NAME"
-            )
-        _check_reward_models(self)
+        _check_reward_source(self, needed=True)
         if self.kl_in == "loss" and self.tuning == "full":
             raise UsageError(
                 "--kl-in loss is exact over one head that policy and anchor share; "
@@ -336,7 +418,11 @@ class EvaluateConfig(ModelConfig):
     and put to a judge's yes/no question; several policies stand below each other in one table.
     """
 
-    model: str | None = _base_model()
+    model: str | None = option(
+        None,
+        help="base model folder or name, or a run on it; default: the base that a policy or the "
+        "reward model names",
+    )
     data: str = option(help="rows to evaluate on")
     format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
         "auto", help="published format of the data file"
@@ -352,6 +438,9 @@ class EvaluateConfig(ModelConfig):
     )
     ensemble: Literal["mean", "min"] | None = _ensemble()
     reward_function: str | None = option(None, help="FILE.py:NAME that scores generated answers")
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
     judge_model: str | None = option(
         None,
         help="language model, folder or name, that is asked a yes/no question about each answer",
@@ -381,9 +470,7 @@ class EvaluateConfig(ModelConfig):
             raise UsageError(
                 "evaluate wants --model MODEL, or the --policy or --reward-model of a known base"
             )
-        if self.reward_function and self.reward_model:
-            raise UsageError("give --reward-model or --reward-function, not both")
-        _check_reward_models(self)
+        _check_reward_source(self, needed=False)
         _check_judge(self)
 
 
@@ -435,6 +522,9 @@ class CompareConfig(ModelConfig):
     reward_function: str | None = option(
         None, help="FILE.py:NAME that scores answers, in place of a reward model"
     )
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
     tie_margin: float = option(
         0.0,
         at_least=0,
@@ -456,17 +546,15 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         if self.judge_model and self.judge_function:
             raise UsageError("give --judge-model or --judge-function, not both")
-        if self.reward_function and self.reward_model:
-            raise UsageError("give --reward-model or --reward-function, not both")
-        judges = (self.judge_model, self.judge_function, self.reward_model, self.reward_function)
-        if not any(judges):
+        rewards = (self.reward_model, self.reward_function, self.reward_url)
+        if not any((self.judge_model, self.judge_function, *rewards)):
             raise UsageError(
-                "compare wants a judge: --judge-model MODEL, --judge-function FILE.py:NAME, "
-                "--reward-model FOLDER or --reward-function FILE.py:NAME"
+                "compare wants a judge: --judge-model MODEL, --judge-function FILE.py:NAME, or "
+                "--reward-model, --reward-function or --reward-url"
             )
         if self.out.endswith(".html"):
             raise UsageError("--out is for the JSONL file; the page beside it ends in .html")
-        _check_reward_models(self)
+        _check_reward_source(self, needed=False)
         _check_judge(self)
 
 

@@ -63,14 +63,20 @@ def combine(scores: Tensor, how: str | None = None) -> Rewards:  # (M, N)
     return Rewards(reward, scores.std(0, correction=0))
 
 
-def load_reward_models(backbone: Backbone, folders: Sequence[str]) -> list[str]:
-    """Adds a role for each folder (a run's, or the reward model's own) and returns their names."""
+def load_reward_models(
+    backbone: Backbone, folders: Sequence[str], own_tokenizer: bool = False
+) -> list[str]:
+    """Adds a role for each folder (a run's, or the reward model's own) and returns their names.
+
+    own_tokenizer: see `Backbone.load_role`.
+    """
     if len(folders) == 1:
         names = ["reward"]
     else:
         names = [f"reward_{i}" for i in range(1, len(folders) + 1)]
     for name, folder in zip(names, folders, strict=True):
-        backbone.load_role(name, role_folder(folder, "reward"), scalar=True)
+        folder = role_folder(folder, "reward")
+        backbone.load_role(name, folder, scalar=True, own_tokenizer=own_tokenizer)
     return names
 
 

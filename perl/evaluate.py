@@ -34,6 +34,7 @@ from perl.ensemble import (
 from perl.files import empty_folder, new_file, write_rows
 from perl.report import text_table
 from perl.reward import figures_of_scores, sequences
+from perl.reward_sources import open_text_source
 from perl.training import language_figures, length_limit, open_backbone
 
 # ---------------------------------------------------------------------------------------------
@@ -44,26 +45,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Figures of a model on rows.
 
     With a reward model, pairs and labelled rows are scored as they are (accuracy; AUC and balanced
-    accuracy). With a reward model or function or a judge, policies answer other rows' prompts and
-    the answers are scored. With none, text, completions and messages give loss and perplexity.
+    accuracy). With any source of rewards or a judge, policies answer other rows' prompts and the
+    answers are scored. With none, text, completions and messages give loss and perplexity.
     """
     out = new_file(config.out) if config.out else None
     rows = read_rows(config.data, config.format).first(config.rows)
     kind = row_kind(rows)
     config = dataclasses.replace(config, model=_base(config))
-    as_they_are = kind in ("pairwise", "pointwise") and not (
-        config.reward_function or config.judge_model or config.policy
-    )
-    if config.reward_model and as_they_are:
+    asked = config.reward_function or config.reward_url or config.judge_model or config.policy
+    if config.reward_model and kind in ("pairwise", "pointwise") and not asked:
         figures = _score_rows(config, rows, kind)
-    elif config.reward_model or config.reward_function or config.judge_model:
+    elif config.reward_model or config.reward_function or config.reward_url or config.judge_model:
         figures = _score_policies(config, rows)
     elif kind in ("text", "completion", "messages"):
         figures = _score_text(config, rows, kind)
     else:
         raise UsageError(
             f"{config.data} holds {kind} rows; evaluating them wants --reward-model "
-            "FOLDER, or --reward-function FILE.py:NAME or --judge-model for their prompts"
+            "FOLDER; or, for their prompts, --reward-function FILE.py:NAME, --reward-url URL or "
+            "--judge-model"
         )
     figures = {"data": config.data, "rows": len(rows)} | figures
     if out:
@@ -104,12 +104,14 @@ def _score_text(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]
 
 def _score_policies(config: EvaluateConfig, rows: Rows) -> dict[str, Any]:
     """Of each policy's answers: reward, yes rate, KL, length and share that ended."""
+    policies.want_prompts(config, rows)
     template = judge.read_template(config.judge_template, judge.QUESTION, judge.SINGLE)
+    source = open_text_source(config, lambda: rows[0]["prompt"])
     backbone = open_backbone(config)
     prompts = policies.encode(config, backbone, rows)
     names = config.policy or [policies.BASE]
     opened = policies.open_policies(config, backbone, names, prompts)
-    rewards = policies.open_rewards(config, backbone)
+    rewards = policies.open_rewards(config, backbone, source)
     reader = None
     if config.judge_model:
         reader = judge.open_reader(config, backbone, template, ["yes", "no"])
@@ -164,6 +166,7 @@ def generate(config: GenerateConfig) -> None:
     rows = Rows([{"prompt": config.prompt}], ["--prompt"])
     if config.data:
         rows = read_rows(config.data).first(config.rows)
+    policies.want_prompts(config, rows)
     backbone = open_backbone(config)
     prompts = policies.encode(config, backbone, rows)
     names = [config.policy or policies.BASE]

@@ -23,12 +23,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import perl_kernels as pk
 from perl.backbone import Backbone
@@ -198,11 +200,23 @@ _WORDS = {"first": 1.0, "second": -1.0, "tie": 0.0}
 # A language model
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A text with each of two labels behind it, as tokens that part from the text at `start`."""
+
+    labelled: tuple[list[int], list[int]]
+    start: int
+
+    def __len__(self) -> int:
+        return max(map(len, self.labelled))
+
+
 class LabelReader:
     """Which of two labels a language model finds likelier behind a template filled in.
 
-    template: text with each of `fields` in braces. A tokenizer with a chat template gets it as a
-    user's message and the label as the reply; without one a label follows behind a space.
+    A tokenizer with a chat template gets the text as a user's message and the label as the reply;
+    without one the label follows behind a space. Text and label are tokenized together, so a label
+    is the tokens that it would be in a sentence.
     A preference is log p(label 0) - log p(label 1), and the mass p(label 0) + p(label 1): far below
     1 the model would have said something else than a label.
     """
@@ -211,13 +225,8 @@ class LabelReader:
         self, backbone: Backbone, template: str, labels: Sequence[str], batch_size: int
     ) -> None:
         self.backbone, self.template, self.batch_size = backbone, template, batch_size
-        self.chat = bool(backbone.tokenizer.chat_template)
-        space = "" if self.chat else " "
-        self.labels = [
-            backbone.tokenizer(space + label, add_special_tokens=False)["input_ids"]
-            for label in labels
-        ]
-        one, other = sorted(self.labels, key=len)
+        self.labels, self.chat = labels, bool(backbone.tokenizer.chat_template)
+        one, other = sorted(self._encode(template).labelled, key=len)
         if other[: len(one)] == one:
             raise UsageError(
                 f"--judge-labels {' '.join(labels)}: to the tokenizer of {backbone.name} one is "
@@ -227,44 +236,60 @@ class LabelReader:
     @torch.no_grad()
     def read(self, values: Sequence[Mapping[str, Any]], places: Sequence[str]) -> list[Opinion]:
         """What is made of each filling of the template. UsageError for one that does not fit."""
-        prompts = [self.encode(v, place) for v, place in zip(values, places, strict=True)]
-        found = torch.zeros(len(prompts), 2, dtype=torch.float64)
-        with progress(len(prompts), "judge", "text") as bar:
-            for rows in by_length(prompts, self.batch_size):
-                found[rows] = self._log_prob([prompts[i] for i in rows])
+        cases = [self.encode(v, place) for v, place in zip(values, places, strict=True)]
+        found = torch.zeros(len(cases), 2, dtype=torch.float64)
+        with progress(len(cases), "judge", "text") as bar:
+            for rows in by_length(cases, self.batch_size):
+                found[rows] = self._log_prob([cases[i] for i in rows])
                 bar.update(len(rows))
         preference, mass = found[:, 0] - found[:, 1], found.exp().sum(1)
         return [Opinion(*pair) for pair in zip(preference.tolist(), mass.tolist(), strict=True)]
 
-    def encode(self, values: Mapping[str, Any], place: str, more: int = 0) -> list[int]:
-        """The tokens before the label; UsageError where they, and `more`, do not fit."""
-        text = fill(self.template, values)
-        message = [{"role": "user", "content": text}] if self.chat else text
-        ids = prompt_ids(message, self.backbone.tokenizer)
+    def encode(self, values: Mapping[str, Any], place: str, more: int = 0) -> _Case:
+        """The template filled in, with both labels; UsageError where it, and `more`, do not fit."""
+        case = self._encode(fill(self.template, values))
         context = self.backbone.config.max_position_embeddings
-        needed = len(ids) + more + max(map(len, self.labels))
-        if needed > context:
+        if len(case) + more > context:
             raise UsageError(
-                f"{place}: the judge would read {needed} tokens, but the context of "
+                f"{place}: the judge would read {len(case) + more} tokens, but the context of "
                 f"{self.backbone.name} is {context}; shorten --judge-template or the answers"
             )
-        return ids
+        return case
 
-    def _log_prob(self, prompts: Sequence[list[int]]) -> Tensor:  # (B, 2) float64
-        """log p of both labels. Those that differ in their last token alone share a pass."""
-        head, device = self.backbone.head(), self.backbone.device
-        found = [torch.empty(0)] * 2
-        for stem in dict.fromkeys(tuple(label[:-1]) for label in self.labels):
-            ids, mask = pad(
-                [p + list(stem) for p in prompts], self.backbone.tokenizer.pad_token_id, left=True
+    def _encode(self, text: str) -> _Case:
+        tokenizer = self.backbone.tokenizer
+        if self.chat:
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
             )
-            hidden = self.backbone.hidden(None, ids.to(device), mask.to(device))
-            hidden = hidden[:, ids.shape[1] - len(stem) - 1 :]
-            for i, label in enumerate(self.labels):
-                if tuple(label[:-1]) == stem:
-                    target = torch.tensor(label, device=device).expand(len(prompts), -1)
-                    log_prob = pk.linear_log_prob(hidden, head.weight, target, **head.options)
-                    found[i] = log_prob.double().sum(1).cpu()
+        space = "" if self.chat else " "
+        alone, *labelled = (
+            tokenizer(t, add_special_tokens=False)["input_ids"]
+            if self.chat
+            else prompt_ids(t, tokenizer)
+            for t in (text, *(text + space + label for label in self.labels))
+        )
+        shared = len(os.path.commonprefix([alone, *labelled]))
+        return _Case(tuple(labelled), max(1, shared))  # nothing predicts the first token
+
+    def _log_prob(self, cases: Sequence[_Case]) -> Tensor:  # (B, 2) float64
+        """log p of both labels. Of labels that differ in their last token alone one pass does."""
+        stems = [[tuple(ids[:-1]) for ids in case.labelled] for case in cases]
+        texts = {text: i for i, text in enumerate(dict.fromkeys(sum(stems, [])))}
+        ids, mask = pad(list(texts), self.backbone.tokenizer.pad_token_id, left=True)
+        width = max(len(case) - case.start for case in cases)
+        device, head = self.backbone.device, self.backbone.head()
+        hidden = self.backbone.hidden(None, ids.to(device), mask.to(device))[:, -width:]
+        found = []
+        for i in (0, 1):
+            rows = [texts[both[i]] for both in stems]
+            targets, _ = pad([case.labelled[i][case.start :] for case in cases], -100, left=True)
+            targets = F.pad(targets, (width - targets.shape[1], 0), value=-100)
+            log_prob = pk.linear_log_prob(
+                hidden[rows], head.weight, targets.to(device), **head.options
+            )
+            found.append(log_prob.double().sum(1).cpu())
         return torch.stack(found, 1)
 
 

@@ -35,9 +35,9 @@ from perl.data import (
     row_kind,
     want_kind,
 )
-from perl.ensemble import Rewards, check_finite, load_reward_models, score_rewards
+from perl.ensemble import Rewards, check_finite, combine, load_reward_models, score_rewards
 from perl.progress import progress
-from perl.reward import load_reward_function
+from perl.reward_sources import TextSource, reencode
 from perl.rollout import generate
 from perl.run import derived_seed, role_folder
 from perl.training import by_length, learned_log_prob
@@ -90,16 +90,19 @@ def open_policies(
     return policies
 
 
-def encode(
-    config: EvaluateConfig | GenerateConfig | CompareConfig, backbone: Backbone, rows: Rows
-) -> Encoded:
-    """The rows' prompts, as tokens that leave room for an answer; what was cut goes to stderr."""
+def want_prompts(config: EvaluateConfig | GenerateConfig | CompareConfig, rows: Rows) -> None:
     kind = row_kind(rows)
     if "prompt" not in KINDS[kind]:
         raise UsageError(
             f"{config.data} holds {kind} rows, which have no prompts to answer; give "
             "rows with a prompt column"
         )
+
+
+def encode(
+    config: EvaluateConfig | GenerateConfig | CompareConfig, backbone: Backbone, rows: Rows
+) -> Encoded:
+    """The rows' prompts, as tokens that leave room for an answer; what was cut goes to stderr."""
     longest = getattr(config, "max_tokens", 0)
     prompts = encode_prompts(
         rows,
@@ -187,24 +190,44 @@ def kl_to_base(
 RewardOf = Callable[[Encoded, Sequence[Answer]], Rewards]
 
 
-def open_rewards(config: EvaluateConfig | CompareConfig, backbone: Backbone) -> RewardOf | None:
-    """What the answers to prompts are rewarded by: a function, reward models, or nothing."""
-    if config.reward_function:
-        function = load_reward_function(config.reward_function)
-        return lambda data, answers: Rewards(torch.tensor(
-            function([row["prompt"] for row in data.rows], [answer.text for answer in answers])
-        ))  # fmt: skip
+def open_rewards(
+    config: EvaluateConfig | CompareConfig, backbone: Backbone, source: TextSource | None
+) -> RewardOf | None:
+    """What answers to prompts are rewarded by: `source`, else reward models; None without any."""
+    if source is not None:
+
+        def of_text(data: Encoded, answers: Sequence[Answer]) -> Rewards:
+            asked, texts = _texts(data, answers)
+            rewards: list[float] = []
+            with progress(len(texts), "score", "answer") as bar:
+                for start in range(0, len(texts), config.batch_size):
+                    some = slice(start, start + config.batch_size)
+                    rewards += source(asked[some], texts[some])
+                    bar.update(len(texts[some]))
+            return Rewards(torch.tensor(rewards))
+
+        return of_text
     if not config.reward_model:
         return None
-    roles = load_reward_models(backbone, config.reward_model)
+    roles = load_reward_models(backbone, config.reward_model, own_tokenizer=True)
 
-    def rewards(data: Encoded, answers: Sequence[Answer]) -> Rewards:
+    def of_models(data: Encoded, answers: Sequence[Answer]) -> Rewards:
         both = [prompt + answer.ids for prompt, answer in zip(data, answers, strict=True)]
-        found = score_rewards(backbone, roles, both, config.batch_size, config.ensemble)
-        check_finite(found, data.places)
-        return found
+        scores = []
+        for role in roles:
+            read = both
+            if backbone.tokenizer_of(role) is not backbone.tokenizer:
+                read = reencode(backbone, role, *_texts(data, answers), config.truncate_prompts)
+            scores.append(score_rewards(backbone, [role], read, config.batch_size).reward)
+        rewards = combine(torch.stack(scores), config.ensemble)
+        check_finite(rewards, data.places)
+        return rewards
 
-    return rewards
+    return of_models
+
+
+def _texts(data: Encoded, answers: Sequence[Answer]) -> tuple[list[Any], list[str]]:
+    return [row["prompt"] for row in data.rows], [answer.text for answer in answers]
 
 
 def _read_answers(

@@ -1,4 +1,4 @@
-"""Reward models and reward functions: losses, held-out figures, and scoring of answers.
+"""Reward models: losses, held-out figures, and scoring of answers.
 
     pairwise   loss = −log σ(d),  d = r(x, y_w) − r(x, y_l) − margin       Bradley-Terry
     pointwise  loss = −p log σ(r) − (1 − p) log(1 − σ(r))                  thumbs up or down
@@ -10,7 +10,7 @@ what is implemented.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from torch.nn import functional as F
 
 from perl import distributed
 from perl.backbone import Backbone
-from perl.config import UsageError
 from perl.data import Encoded, Labelled, Pair, pad
-from perl.functions import load_function
 from perl.run import NonFiniteLoss
 from perl.training import by_length
 
@@ -172,7 +170,7 @@ def score_batch(
     backbone: Backbone, role: str, sequences: Sequence[list[int]]
 ) -> Tensor:  # (B,) float32
     """A reward role's score of each token sequence, prompt and answer together, in one pass."""
-    input_ids, mask = pad(sequences, backbone.tokenizer.pad_token_id)
+    input_ids, mask = pad(sequences, backbone.tokenizer_of(role).pad_token_id)
     return backbone.score(role, input_ids.to(backbone.device), mask.to(backbone.device))
 
 
@@ -230,45 +228,3 @@ def figures_of_scores(
     if isinstance(examples[0], Pair):
         return pairwise_figures(*scores.view(2, -1))
     return pointwise_figures(scores, torch.tensor([row.label for row in examples]))
-
-
-RewardFunction = Callable[[Sequence[Any], Sequence[str]], list[float]]
-
-
-def load_reward_function(target: str) -> RewardFunction:
-    """The function NAME of FILE.py, given "FILE.py:NAME"; called NAME(prompts, completions).
-
-    What it returns is checked at every call: one finite number for each completion. Raises
-    UsageError for a target, file or function that is not there, and for a wrong return value.
-    """
-    function = load_function("--reward-function", target, "prompts, completions")
-
-    def checked(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        try:
-            returned = function(prompts, completions)
-        except Exception as error:
-            raise UsageError(
-                f"reward function {target} raised {type(error).__name__}: {error}; "
-                "make it score any completion"
-            ) from error
-        try:
-            values = [float(value) for value in returned]
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"reward function {target} returned no list of numbers: {error}; "
-                "return one float for each completion"
-            ) from error
-        if len(values) != len(completions):
-            raise UsageError(
-                f"reward function {target} returned {len(values)} rewards for "
-                f"{len(completions)} completions; return one for each"
-            )
-        wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if wrong is not None:
-            raise UsageError(
-                f"reward function {target} returned {values[wrong]} for completion "
-                f"{completions[wrong][:60]!r}; return finite numbers"
-            )
-        return values
-
-    return checked

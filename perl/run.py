@@ -192,16 +192,18 @@ class Run:
         """Raises NonFiniteLoss, naming the value and the last good checkpoint."""
         for name, value in values.items():
             if not math.isfinite(value):
-                newest = self.latest_checkpoint()
-                kept = (
-                    f"the last good checkpoint is {newest.folder}"
-                    if newest
-                    else ("no checkpoint was written before it")
-                )
                 raise NonFiniteLoss(
-                    f"{name} is {value} at step {step}; {kept}; start again with "
+                    f"{name} is {value} at step {step}; {self.kept}; start again with "
                     "a lower --lr, or --dtype float32"
                 )
+
+    @property
+    def kept(self) -> str:
+        """What is there from before a divergence, as part of a sentence."""
+        good = self.good_checkpoint()
+        if good is None:
+            return "no checkpoint was written before it"
+        return f"the last good checkpoint is {good.folder}"
 
     @property
     def resume_command(self) -> str:
@@ -252,9 +254,10 @@ class Run:
         score: float | None = None,
         roles: Callable[[Path], None] | None = None,
     ) -> Checkpoint:
-        """Writes checkpoints/step-N, then removes all but the newest and the best.
+        """Writes checkpoints/step-N, then removes all but the newest, the best and the last good.
 
-        tensors: each group becomes NAME.safetensors. state: JSON values. score: the higher, the
+        tensors: each group becomes NAME.safetensors. state: JSON values; "good" is False where the
+        training may be diverging. score: the higher, the
         better; the best-scored checkpoint is kept. roles: called with the folder to put files
         that others can load (adapters) beside them.
         """
@@ -291,7 +294,8 @@ class Run:
             shutil.rmtree(final)
         os.replace(temporary, final)
         _sync(final.parent)
-        keep = self.checkpoints()[-self.config.keep_checkpoints :] + [self.best_checkpoint()]
+        keep = self.checkpoints()[-self.config.keep_checkpoints :]
+        keep += [self.best_checkpoint(), self.good_checkpoint()]
         for old in self.checkpoints():
             if old not in keep:
                 shutil.rmtree(old.folder)
@@ -309,6 +313,11 @@ class Run:
         scored = [(c.state["score"], -c.step, c) for c in self.checkpoints()]
         scored = [entry for entry in scored if entry[0] is not None]
         return max(scored)[2] if scored else self.latest_checkpoint()
+
+    def good_checkpoint(self) -> Checkpoint | None:
+        """The newest one that was not written on the way to a divergence."""
+        good = [c for c in self.checkpoints() if c.state.get("good", True)]
+        return good[-1] if good else None
 
     def is_best(self, score: float | None) -> bool:
         """Whether a score beats those of all checkpoints so far."""

@@ -32,9 +32,8 @@ Left out: clipping and several epochs per batch (PPO; the data are on-policy her
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,19 +48,29 @@ from perl.data import (
     Batches,
     Encoded,
     encode_prompts,
+    file_and_weight,
     load_files,
     prompt_room,
     read_rows,
     want_kind,
 )
-from perl.ensemble import Rewards, combine, joined, load_reward_models
+from perl.ensemble import Rewards, joined
+from perl.guards import Guards
 from perl.memory import PeakMemory
-from perl.reward import load_reward_function
+from perl.reward_sources import (
+    Prompt,
+    Scorer,
+    keeping,
+    make_scorer,
+    open_text_source,
+    stopping,
+)
 from perl.rollout import Rollout, draw, generate
 from perl.run import Run, derived_seed
 from perl.training import (
     add_role,
     begin,
+    bookmark,
     lora_config,
     make_optimizer,
     micro_batches,
@@ -75,30 +84,16 @@ from perl.training import (
 SAMPLES = 4  # prompts answered into samples.jsonl, the same ones every time
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as text (or messages), for reward functions, and as tokens."""
-
-    text: Any
-    ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-# (answers, their prompts) -> (B,) float32 on the backbone's device
-Scorer = Callable[[Rollout, list[Prompt]], Rewards]
-
-
 def train(config: ReinforceConfig) -> dict[str, Any]:
     """Trains a policy into `config.out`/policy and returns the figures of the last step."""
     # ---- load: everything that can be refused is refused before the run folder exists
     run = Run.create(config.out, config)
+    source = open_text_source(config, partial(first_prompt, config))
     backbone = open_backbone(config, tuning=config.tuning, lora=lora_config(config), reference=True)
     load = partial(load_prompts, config, backbone)
     encoded, validation = load_files(config.data, config.validation, load)
     prompts, held_out = with_text(encoded), with_text(validation or Encoded())
-    score = make_scorer(config, backbone)
+    score = make_scorer(config, backbone, source)
     checkpoint = run.latest_checkpoint() if config.resume else None
     add_role(backbone, "policy", checkpoint)
     if config.baseline == "value":
@@ -111,21 +106,25 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
         optimizers["value"] = make_optimizer(config, backbone, "value", config.value_lr)
     batches = Batches(prompts, config.prompts_per_step, config.seed, encoded.mixture)
     begin(config, checkpoint, optimizers, batches)
+    guards = Guards(config, checkpoint and checkpoint.state.get("guards"))
 
     # ---- loop
-    with run, PeakMemory(backbone.device) as peak:
+    with run, PeakMemory(backbone.device) as peak, stopping(run):
         say_notes(run, encoded, validation)
         if run.step == 0:
             write_samples(run, 0, config, backbone, prompts, score)
             if held_out:
                 run.log(0, **evaluate(config, backbone, held_out, score))
         for step in run.steps(config.steps, "reinforce"):
-            clock, batch = Clock(backbone.device), next(batches)
+            clock, go_back = Clock(backbone.device), bookmark(batches)
+            batch = next(batches)
+            keep = partial(save, run, step - 1, backbone, optimizers, batches, **guards.state())
 
             with clock.phase("rollout"):
                 rollout = sample(config, backbone, batch, derived_seed(config.seed, step))
             with clock.phase("score"):
-                rewards = score(rollout, distributed.share(batch))
+                with keeping(run, step - 1, go_back, keep):
+                    rewards = score(rollout, distributed.share(batch))
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
                     kl = sampled_kl(config, backbone, rollout)
@@ -154,16 +153,24 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                 metrics |= evaluate(config, backbone, held_out, score)
             if step % config.log_every == 0 or validated or last:
                 run.log(step, **metrics)
+            guards.watch(run, step, **{k: metrics[k] for k in ("kl", "reward", "reward_std")})
             if step % config.samples_every == 0 or last:
                 write_samples(run, step, config, backbone, prompts, score)
             if run.checkpoint_due(step):
-                save(run, step, backbone, optimizers, batches)
+                save(run, step, backbone, optimizers, batches, **guards.state())
         last = run.latest_checkpoint()
         result = run.publish("policy", last)
     return {"policy": str(result), "step": last.step} | run.metrics_at(last.step)
 
 
 # ------------------------------------------------------------------------------------- loading
+
+
+def first_prompt(config: ReinforceConfig) -> Any:
+    """As text or messages, without a tokenizer."""
+    rows = read_rows(file_and_weight(config.data[0])[0], config.format)
+    want_kind(rows, ["prompt"], "reinforce")
+    return rows[0]["prompt"]
 
 
 def load_prompts(config: ReinforceConfig, backbone: Backbone, path: str) -> Encoded:
@@ -210,28 +217,6 @@ def sample(
 
 
 # --------------------------------------------------------------------------------------- score
-
-
-def make_scorer(config: ReinforceConfig, backbone: Backbone) -> Scorer:
-    """Reward models' scores of prompt and answer as one, or what the user's function says."""
-    if config.reward_function is not None:
-        function = load_reward_function(config.reward_function)
-        return lambda rollout, prompts: Rewards(torch.tensor(
-            function([p.text for p in prompts], rollout.texts(backbone.tokenizer)),
-            device=backbone.device,
-        ))  # fmt: skip
-    roles = load_reward_models(backbone, config.reward_model)
-
-    @torch.no_grad()
-    def score(rollout: Rollout, prompts: list[Prompt]) -> Rewards:
-        scores = [
-            backbone.score(role, rollout.sequences[rows], rollout.attention_mask[rows])
-            for role in roles
-            for rows in micro_batches(config.micro_batch_size, len(prompts))
-        ]
-        return combine(torch.cat(scores).view(len(roles), -1), config.ensemble)
-
-    return score
 
 
 def whole_batch(rewards: Rewards, count: int) -> Rewards:

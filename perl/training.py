@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,17 @@ def check_processes(config: TrainConfig, batches: Batches) -> None:
         distributed.check_same("--data", zlib.crc32(repr((lengths, some)).encode()))
 
 
+def bookmark(batches: Batches) -> Callable[[], None]:
+    """Marks where the data and this process's random numbers are; a call of it goes back there."""
+    state, rng = batches.state_dict(), capture_rng()
+
+    def go_back() -> None:
+        batches.load_state_dict(state)
+        restore_rng(rng)
+
+    return go_back
+
+
 def save(
     run: Run,
     step: int,
@@ -150,12 +161,16 @@ def save(
     optimizers: dict[str, Optimizer],
     batches: Batches,
     score: float | None = None,
+    **state: Any,
 ) -> None:
-    """A checkpoint: roles as folders that PEFT or transformers load, and what resuming needs."""
+    """A checkpoint: roles as folders that PEFT or transformers load, and what resuming needs.
+
+    state: JSON values more that the trainer goes on with.
+    """
     run.save_checkpoint(
         step,
         {f"{role}_optimizer": optimizer.state() for role, optimizer in optimizers.items()},
-        {"batches": batches.state_dict(), "rng": distributed.each(capture_rng())},
+        {"batches": batches.state_dict(), "rng": distributed.each(capture_rng())} | state,
         score=score,
         roles=lambda folder: [backbone.save_role(role, folder / role) for role in optimizers],
     )

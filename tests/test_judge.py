@@ -133,14 +133,16 @@ def backbone(tmp_path_factory) -> Backbone:
     return Backbone.load(save_tiny(tmp_path_factory.mktemp("judge") / "model"))
 
 
-def log_prob(backbone: Backbone, text: str, label: str) -> float:
+def log_prob(backbone: Backbone, text: str, label: str, special: bool = True) -> float:
     """The definition: log-softmax of all logits, label tokens in turn, one text alone."""
-    prompt = backbone.tokenizer(text)["input_ids"]
-    ids = backbone.tokenizer(label, add_special_tokens=False)["input_ids"]
+    prompt, ids = (
+        backbone.tokenizer(t, add_special_tokens=special)["input_ids"] for t in (text, text + label)
+    )
+    assert ids[: len(prompt)] == prompt
     with torch.no_grad():
-        logits = backbone.model(torch.tensor([prompt + ids])).logits[0].double()
-    log_p = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    return log_p[range(len(ids)), ids].sum().item()
+        log_p = backbone.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    label_ids = ids[len(prompt) :]
+    return log_p[len(prompt) - 1 : -1][range(len(label_ids)), label_ids].sum().item()
 
 
 # one token each; several, the same but for the last; several, apart from the start; one begins
@@ -164,41 +166,25 @@ def test_preferences_are_those_of_all_logits(backbone, labels, batch_size):
         assert opinion.mass == pytest.approx(mass, rel=2e-5)
 
 
-def test_labels_of_several_tokens_take_one_pass_where_they_differ_in_the_last(backbone):
-    passes = []
-    whole = backbone.hidden
-    backbone.hidden = lambda *given: passes.append(given) or whole(*given)
-    try:
-        for labels, count in ((("A", "B"), 1), (("latte", "scones"), 2)):
-            passes.clear()
-            reader = LabelReader(backbone, "{prompt}", labels, 4)
-            stems = {tuple(label[:-1]) for label in reader.labels}
-            reader.read([{"prompt": "tea"}, {"prompt": "two"}], ["a", "b"])
-            assert len(passes) == len(stems) == count
-    finally:
-        backbone.hidden = whole
+def test_labels_that_differ_in_their_last_token_share_a_row(backbone, monkeypatch):
+    rows, whole = [], backbone.hidden
+    monkeypatch.setattr(
+        backbone, "hidden", lambda *given: rows.append(len(given[1])) or whole(*given)
+    )
+    for labels, of_each in ((("A", "B"), 1), (("latte", "scones"), 2)):
+        reader = LabelReader(backbone, "{prompt}", labels, 4)
+        reader.read([{"prompt": "tea"}, {"prompt": "two"}], ["a", "b"])
+        assert rows.pop() == 2 * of_each and not rows
 
 
-def test_a_chat_template_wraps_the_question(backbone):
-    backbone.tokenizer.chat_template = CHAT
-    try:
-        reader = LabelReader(backbone, "{prompt}?", ["one", "two"], 2)
-        (opinion,) = reader.read([{"prompt": "tea"}], ["a"])
-    finally:
-        backbone.tokenizer.chat_template = None
-    ids = backbone.tokenizer("<user>tea?\n<assistant>", add_special_tokens=False)["input_ids"]
-    assert reader.encode({"prompt": "tea"}, "a") != ids  # without the template again
-    with torch.no_grad():
-        wanted = [
-            log_prob_of(backbone, ids, backbone.tokenizer(w, add_special_tokens=False)["input_ids"])
-            for w in ("one", "two")
-        ]
-    assert opinion.preference == pytest.approx(wanted[0] - wanted[1], abs=2e-5)
-
-
-def log_prob_of(backbone: Backbone, prompt: list[int], label: list[int]) -> float:
-    log_p = backbone.model(torch.tensor([prompt + label])).logits[0].double().log_softmax(-1)
-    return log_p[len(prompt) - 1 : -1][range(len(label)), label].sum().item()
+def test_a_chat_template_wraps_the_question(backbone, monkeypatch):
+    plain = LabelReader(backbone, "{prompt}?", ["one", "two"], 2)
+    monkeypatch.setattr(backbone.tokenizer, "chat_template", CHAT)
+    reader = LabelReader(backbone, "{prompt}?", ["one", "two"], 2)
+    (opinion,) = reader.read([{"prompt": "tea"}], ["a"])
+    one, other = (log_prob(backbone, "<user>tea?\n<assistant>", w, False) for w in ("one", "two"))
+    assert opinion.preference == pytest.approx(one - other, abs=2e-5)
+    assert plain.read([{"prompt": "tea"}], ["a"])[0].preference != opinion.preference
 
 
 def test_labels_that_are_one_or_begin_the_other_are_refused(backbone):

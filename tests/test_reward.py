@@ -1,4 +1,4 @@
-"""Losses and metrics of reward models against their definitions; reward functions' checks."""
+"""Losses and metrics of reward models against their definitions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from perl.config import UsageError
 from perl.data import Labelled, Pair
 from perl.reward import (
     bradley_terry_loss,
     calibration,
     figures_of_scores,
     histogram,
-    load_reward_function,
     pairwise_figures,
     pointwise_figures,
     pointwise_loss,
@@ -141,60 +139,3 @@ def test_histograms_share_their_edges():
     assert got == {"edges": [0.0, 1.0, 2.0], "good": [2.0, 1.0], "bad": [0.0, 2.0]}
     alike = histogram(torch.ones(3), torch.ones(1), bins=2)
     assert alike["edges"] == [0.5, 1.0, 1.5] and sum(alike["good"]) == 3
-
-
-def write(tmp_path, body: str) -> str:
-    (tmp_path / "f.py").write_text(body)
-    return f"{tmp_path / 'f.py'}:score"
-
-
-def test_a_reward_function_is_loaded_and_called(tmp_path):
-    function = load_reward_function(
-        write(
-            tmp_path,
-            "def score(prompts, completions):\n"
-            "    return [len(p) + 10 * len(c) for p, c in zip(prompts, completions)]\n",
-        )
-    )
-    assert function(["a", "bb"], ["x", ""]) == [11.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    "target, words",
-    [
-        ("score", "want FILE.py:NAME"),
-        ("absent.py:score", "absent.py does not exist"),
-        ("f.py:", "want FILE.py:NAME"),
-    ],
-)
-def test_targets_that_name_no_function(target, words):
-    with pytest.raises(UsageError, match=words):
-        load_reward_function(target)
-
-
-@pytest.mark.parametrize(
-    "body, words",
-    [
-        ("def scored(): pass", "has no function score"),
-        ("def score(:", "fails to import: SyntaxError"),
-        ("import nowhere_to_be_found", "fails to import: ModuleNotFoundError"),
-    ],
-)
-def test_files_that_do_not_hold_it(tmp_path, body, words):
-    with pytest.raises(UsageError, match=words):
-        load_reward_function(write(tmp_path, body))
-
-
-@pytest.mark.parametrize(
-    "value, words",
-    [
-        ("[1.0]", "1 rewards for 2 completions"),
-        ("[1.0, float('nan')]", "nan for completion 'y'"),
-        ("None", "no list of numbers"),
-        ("['high', 1]", "no list of numbers"),
-    ],
-)
-def test_wrong_return_values_are_refused(tmp_path, value, words):
-    function = load_reward_function(write(tmp_path, f"def score(p, c): return {value}"))
-    with pytest.raises(UsageError, match=words):
-        function(["a", "b"], ["x", "y"])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,10 @@ from peft import PeftModel
 
 import perl_kernels as pk
 from perl.backbone import Backbone
-from perl.config import ReinforceConfig, UsageError, write_toml
+from perl.config import ReinforceConfig, UsageError
+from perl.reward_sources import Prompt, Unrewarded, make_scorer
 from perl.rollout import generate
-from perl.train_policy import Prompt, learn, make_scorer, reward_returns, sampled_kl, train
+from perl.train_policy import learn, reward_returns, sampled_kl, train
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
 # The share of an answer's letters that are vowels.
@@ -283,7 +280,7 @@ def test_reward_models_folders_give_the_reward(world, kinds, ensemble):
         world, reward_function=None, reward_model=folders, ensemble=ensemble, micro_batch_size=2
     )
     backbone, rollout, _ = scene(world, "lora", "float32")
-    rewards = make_scorer(config, backbone)(rollout, [Prompt("", [])] * 3)
+    rewards = make_scorer(config, backbone, None)(rollout, [Prompt("", [])] * 3)
     alone = torch.stack([
         torch.cat([
             source.score("reward", ids[mask.bool()][None], mask[mask.bool()][None])
@@ -317,44 +314,6 @@ def test_exact_kl_in_the_loss_is_logged(world):
 
 # -------------------------------------------------------------------------------------- resume
 
-KILLED = """
-import os, signal
-from pathlib import Path
-
-CALLS = Path(__file__).with_name("calls")
-
-def vowels(prompts, completions):
-    calls = int(CALLS.read_text()) + 1 if CALLS.exists() else 1
-    CALLS.write_text(str(calls))
-    if calls == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
-"""
-
-
-def test_sigkill_and_resume_repeat_the_uninterrupted_run_bit_for_bit(world):
-    """Calls of the reward function: 1 is step 0's samples, then one a step; call 6 is in step 5."""
-    settings = dict(
-        steps=6, checkpoint_every=2, lr=1e-2, lora_dropout=0.1, samples_every=100, threads=1,
-        warmup_steps=3,
-    )  # fmt: skip
-    train(make_config(world, "whole", **settings))
-    (world / "killed.py").write_text(KILLED.format(kill_at=6))
-    settings["reward_function"] = f"{world / 'killed.py'}:vowels"
-    write_toml(make_config(world, "part", **settings), world / "config.toml")
-    killed = subprocess.run(
-        [sys.executable, "-m", "perl", "reinforce", "--config", world / "config.toml"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [row["step"] for row in lines(world / "part/metrics.jsonl")] == [1, 2, 3, 4]
-    train(make_config(world, "part", **settings, resume=True))
-    assert metrics(world / "part") == metrics(world / "whole")
-    assert lines(world / "part/samples.jsonl") == lines(world / "whole/samples.jsonl")
-    checkpoint = "checkpoints/step-6"
-    for file in (f"{checkpoint}/value_optimizer.safetensors", "policy/adapter_model.safetensors"):
-        assert (world / "part" / file).read_bytes() == (world / "whole" / file).read_bytes()
-
 
 @pytest.mark.parametrize("changes", [{"tuning": "full"}, {"baseline": "batch_mean"}])
 def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
@@ -366,9 +325,9 @@ def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
         )
     )  # fmt: skip
     crash = dict(reward_function=f"{world / 'crash.py'}:vowels")
-    with pytest.raises(UsageError, match="raised AssertionError"):
+    with pytest.raises(Unrewarded, match="raised AssertionError"):
         train(make_config(world, "part", **settings | crash))
-    assert (world / "part/checkpoints/step-2").is_dir()
+    assert (world / "part/checkpoints/step-3").is_dir()  # of the last finished step
     train(make_config(world, "part", **settings, resume=True))
     assert metrics(world / "part") == metrics(world / "whole")
 
