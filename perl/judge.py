@@ -274,7 +274,7 @@ class LabelReader:
         return _Case(tuple(labelled), max(1, shared))  # nothing predicts the first token
 
     def _log_prob(self, cases: Sequence[_Case]) -> Tensor:  # (B, 2) float64
-        """log p of both labels. Of labels that differ in their last token alone one pass does."""
+        """log p of both labels; those that differ in their last token alone share a row."""
         stems = [[tuple(ids[:-1]) for ids in case.labelled] for case in cases]
         texts = {text: i for i, text in enumerate(dict.fromkeys(sum(stems, [])))}
         ids, mask = pad(list(texts), self.backbone.tokenizer.pad_token_id, left=True)
@@ -330,12 +330,11 @@ def read_template(given: str | None, default: str, fields: Sequence[str]) -> str
     if given is None:
         return default
     template = given
-    try:
-        if Path(given).is_file():
+    if os.path.isfile(given):
+        try:
             template = Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:  # a text may be too long for a file's name
-        if isinstance(error, UnicodeDecodeError):
-            raise UsageError(f"--judge-template {given} is no UTF-8 text") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read --judge-template {given}: {error}") from None
     if missing := [name for name in fields if f"{{{name}}}" not in template]:
         raise UsageError(
             f"--judge-template lacks {{{missing[0]}}}; give a file, or a text, with "
@@ -369,7 +368,7 @@ def language_judge(reader: LabelReader) -> Judge:
 
 
 def yes_figures(found: Sequence[Opinion]) -> dict[str, Any]:
-    """What a yes/no question finds in answers, of its opinions on them.
+    """How often the answer to a yes/no question is yes, of a reader's opinions.
 
     yes_rate: share of answers to which yes is likelier than no; yes_rate_interval: see `wilson`.
     yes_probability: mean of p(yes) / (p(yes) + p(no)).

@@ -125,16 +125,14 @@ def test_several_policies_stand_in_one_table_as_each_alone(files, tmp_path, caps
     assert [line.split()[0] for line in said.err.splitlines()[-3:]] == [str(n) for n in names]
     for name, row in zip(names, table, strict=True):
         alone = json.loads(run(capsys, *words, "--policy", name))
-        assert {key: alone[key] for key in row} == pytest.approx(row, nan_ok=False)
+        assert {key: alone[key] for key in row} == row
     base, adapter, given = table
     assert "kl" not in base and "kl" not in given and adapter["kl"] > 0
     assert base["reward"] != adapter["reward"]
     assert given["reward"] == statistics.fmean(len(row["completion"]) for row in ROWS)
     reader = judge.LabelReader(Backbone.load(files / "model"), question, ["one", "two"], 1)
-    assert judge.yes_figures(reader.read(ROWS, ["", "", ""])) == {
-        key: pytest.approx(given[key], rel=1e-4)
-        for key in ("yes_rate", "yes_rate_interval", "yes_probability", "judge_mass")
-    }
+    for key, value in judge.yes_figures(reader.read(ROWS, ["", "", ""])).items():
+        assert given[key] == pytest.approx(value, rel=1e-4)
 
 
 def test_a_story_model_knows_who_is_happy(stories260k, tmp_path, capsys):
