@@ -190,6 +190,8 @@ BARS: list[Bar] = [
             (", checkpointing", "", "memory ours/trl", 1.0, 1.0),
         )
     ),
+    _cpu("policy_step", "step", "", "ours/full", "<=", 0.70, 0.55),
+    _cpu("policy_step", "step", "", "memory ours/full", "<=", 0.35, 0.25),
     _cpu("rollout", ONE_LENGTH, "", "transformers/ours", ">=", 1.5),
     _cpu("rollout", ENDING, "", "transformers/ours", ">=", 1.5),
 ]  # fmt: skip
@@ -235,6 +237,8 @@ BARS += [
     ),
     _gpu("reward_step", "step", "full/ours", ">=", 1.6),
     _gpu("reward_step", "step", "memory ours/full", "<=", 0.35),
+    _gpu("policy_step", "step", "full/ours", ">=", 1.5),
+    _gpu("policy_step", "step", "memory ours/full", "<=", 0.25),
     _gpu("rollout", ONE_LENGTH, "transformers/ours", ">=", 2.0),
     _gpu("rollout", ENDING, "transformers/ours", ">=", 2.0),
 ]  # fmt: skip

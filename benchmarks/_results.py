@@ -31,6 +31,7 @@ PACKAGES = (
     "perl-kernels", "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth",
     "cut-cross-entropy", "numpy",
 )  # fmt: skip
+PHASES = ("rollout_s", "score_s", "learn_s")  # measures of a step that has them, by contestant
 CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 # Of what a CPU may have, what decides which matrix kernels run on it.
 INSTRUCTION_SETS = (

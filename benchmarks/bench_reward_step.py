@@ -27,9 +27,8 @@ Letters beside the library's: L layers, F features inside the MLP, A attention h
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import time
 import zlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,23 +40,14 @@ from _compare import FLOOR, errors
 from torch import Tensor, nn
 
 import perl_kernels as pk
-from benchmarks._bars import judge
-from benchmarks._measure import (
-    DTYPES,
-    OURS,
-    Case,
-    Stopwatch,
-    give_back_freed,
-    plain_stopwatch,
-    shapes_for,
-    summarise,
-    time_on_cpu,
-)
-from benchmarks._results import Row, backend_name
+from benchmarks._measure import DTYPES, OURS, Case, Stopwatch, give_back_freed, shapes_for
+from benchmarks._results import Row
+from benchmarks._steps import Turns, measure_turns
 from perl.cafe import build_tokenizer
 from perl.memory import PeakMemory
 
 ROOM = "reward_step"
+PEERS = ("peft", "trl.trainer.reward_trainer")
 STEP, TRL = "step", "step in TRL's RewardTrainer"
 CHECKPOINTED = f"{TRL}, checkpointing"
 CHECKS = {"h200": [STEP], "tiny": [STEP, CHECKPOINTED]}  # by preset; the others have all
@@ -82,7 +72,9 @@ def cases(preset: str) -> list[Case]:
     device = "cuda" if preset == "h200" else "cpu"
     dtypes = {"h200": ("bf16",), "tiny": ("fp32",)}.get(preset, ("bf16", "fp32"))
     return [
-        Case(ROOM, check, shapes_for(preset, dtype, SHAPES), dtype, device)
+        Case(
+            ROOM, check, shapes_for(preset, dtype, SHAPES), dtype, device, weighed=preset != "tiny"
+        )
         for check in CHECKS.get(preset, [STEP, TRL, CHECKPOINTED])
         for dtype in dtypes
     ]
@@ -111,114 +103,34 @@ def measure_step(
     if find_spec("peft") is None:
         names.remove("peft")
         missing["peft"] = "peft is not installed"
-    trainers = {name: _Remote(name, case) for name in names}
-    try:
-        found = {name: trainer.receive() for name, trainer in trainers.items()}
-        plain = found[names[-1]]["error"]
-        ours = found[OURS]["error"]
+
+    def errors_of(found: dict[str, float]) -> dict[str, Any]:
+        ours, plain = found[OURS], found[names[-1]]
         # every layer's rounding is in both, so this is no test of one kernel: a wide margin
         assert ours <= 1.5 * plain + FLOOR[case.torch_dtype], (
             f"{case}: gradients are off by {ours:.3g} of their size, plain torch's by {plain:.3g}"
         )
-        run = {name: trainer.step for name, trainer in trainers.items()}
-        times = time_on_cpu(run, seconds, stopwatch or plain_stopwatch)
-        memory = {name: trainer.ask("peak") for name, trainer in trainers.items()}
-    finally:
-        for trainer in trainers.values():
-            trainer.close()
-    median, spread, contestants = summarise(times)
-    row = Row(
-        room=ROOM, check=case.check, shape=case.shape, dtype=case.dtype, device=case.device,
-        backend=backend_name(case.device, case.torch_dtype),
-        median_s=median, spread=spread, rounds=len(times[OURS]),
-        contestants=contestants, missing=missing,
-        memory=memory, memory_kind="peak of the process",
-        errors=[{"of": "gradients", "unit": "relative RMS", "ours": ours, "plain": plain}],
-        measures={
-            "tokens_per_s": case.shape["B"] * case.shape["T"] / median,
-            "parameters": found[OURS]["parameters"],
-            "trained_parameters": found[OURS]["trained"],
-        },
-        bars=[],
-    )  # fmt: skip
-    row.bars = judge(row)
-    return row
+        return {"of": "gradients", "unit": "relative RMS", "ours": ours, "plain": plain}
+
+    tokens = case.shape["B"] * case.shape["T"]
+    return measure_turns(serve, case, names, missing, tokens, seconds, stopwatch, errors_of)
 
 
-class _Remote:
-    """A contestant in its own process, that does a step when told to."""
-
-    def __init__(self, name: str, case: Case):
-        context = multiprocessing.get_context("spawn")  # it imports what it needs, no more
-        self.connection, there = context.Pipe()
-        threads = torch.get_num_threads()
-        self.process = context.Process(
-            target=_serve, args=(there, name, case, threads), daemon=True
-        )
-        self.process.start()
-        there.close()
-
-    def receive(self) -> Any:
-        try:
-            return self.connection.recv()
-        except EOFError:
-            self.process.join()
-            raise RuntimeError(
-                f"a process of bench_reward_step ended with exit code {self.process.exitcode}; "
-                "its traceback is above"
-            ) from None
-
-    def ask(self, question: str) -> Any:
-        self.connection.send(question)
-        return self.receive()
-
-    def step(self) -> tuple[()]:
-        self.ask("step")
-        return ()
-
-    def close(self) -> None:
-        self.connection.close()  # ends the process, which waits for questions
-        self.process.join(10)
-        self.process.kill()
-
-
-def _serve(connection: Any, name: str, case: Case, threads: int) -> None:
-    torch.set_num_threads(threads)
+def serve(turns: Turns, name: str, case: Case) -> None:
     if name.endswith(POOL) or (name, case.check, case.device) == (OURS, STEP, "cpu"):
         pk.use_cpu_pool()
     model = build(name.removesuffix(POOL), case)
     compared = name in (OURS, CONTESTANTS[case.check][-1]) or not find_spec("peft")
-    connection.send(
-        {
-            "error": gradient_error(model, case) if compared else 0,
-            "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_new(n)),
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
-    )
+    turns.ready(gradient_error(model, case) if compared else 0)
+    counts = {
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_new(n)),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
     give_back_freed()  # the float64 copy, which not all have made
     pk.empty_cpu_pool()
     train = train_by_hand if case.check == STEP else train_by_trl
     with PeakMemory(case.device) as peak:
-        train(model, case, _Turns(connection, peak))
-
-
-class _Turns:
-    """The other end of a _Remote."""
-
-    def __init__(self, connection: Any, peak: PeakMemory):
-        self.connection, self.peak = connection, peak
-
-    def wait(self) -> bool:
-        """Answer questions until a step is wanted; False when nobody asks any more."""
-        try:
-            while self.connection.recv() != "step":
-                self.connection.send(self.peak.read())
-        except EOFError:
-            return False
-        return True
-
-    def done(self) -> None:
-        self.connection.send(time.perf_counter())
+        train(model, case, turns, lambda: {"peak": peak.read(), **counts})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,10 +138,10 @@ class _Turns:
 # ------------------------------------------------------------------------------------------------
 
 
-def train_by_hand(model: nn.Module, case: Case, turns: _Turns) -> None:
+def train_by_hand(model: nn.Module, case: Case, turns: Turns, figures: Callable) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     tokens = random_tokens(case, case.shape["B"], case.shape["T"])
-    while turns.wait():
+    while turns.wait(figures):
         loss(model, tokens).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -238,7 +150,7 @@ def train_by_hand(model: nn.Module, case: Case, turns: _Turns) -> None:
         turns.done()
 
 
-def train_by_trl(model: nn.Module, case: Case, turns: _Turns) -> None:
+def train_by_trl(model: nn.Module, case: Case, turns: Turns, figures: Callable) -> None:
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -247,11 +159,11 @@ def train_by_trl(model: nn.Module, case: Case, turns: _Turns) -> None:
         """A turn is from the end of one step to that of the next, with all that lies between."""
 
         def on_train_begin(self, args, state, control, **kwargs):
-            control.should_training_stop = not turns.wait()
+            control.should_training_stop = not turns.wait(figures)
 
         def on_step_end(self, args, state, control, **kwargs):
             turns.done()
-            control.should_training_stop = not turns.wait()
+            control.should_training_stop = not turns.wait(figures)
 
     chosen, rejected = random_tokens(case, case.shape["B"], case.shape["T"]).chunk(2)
     pairs = {"chosen_ids": chosen.tolist(), "rejected_ids": rejected.tolist()}

@@ -59,13 +59,14 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("lora_linear", "forward + backward, compiled", {}),
     ("multi_lora_linear", "forward + backward", {}),
     ("reward_step", "step", {}),
+    ("policy_step", "step", {}),
     ("rollout", "answers of one length", {}),
     ("linear_log_prob", "forward + backward, compiled", {}),
     ("log_prob", "forward + backward, compiled", {}),
 ]
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
 # seconds, by room: with less, no case
-LEFT = {"reward_step": 100.0, "rollout": 150.0, "study": 60.0, "": 15.0}
+LEFT = {"reward_step": 100.0, "policy_step": 200.0, "rollout": 150.0, "study": 60.0, "": 15.0}
 STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
 
 
@@ -192,16 +193,14 @@ def one_case(
     """Measure one case and print its line; whatever goes wrong is kept and the next one begins."""
     import torch
 
-    from benchmarks import bench_reward_step
-    from benchmarks._measure import first_line
+    from benchmarks._measure import first_line, measure
 
+    room = module_of(case.room)
     try:
-        if case.room == bench_reward_step.ROOM:
-            row = bench_reward_step.measure_step(case, seconds)
+        if hasattr(room, "measure_step"):
+            row = room.measure_step(case, seconds)
         else:
-            from benchmarks._measure import measure
-
-            row = measure(module_of(case.room).contest, case, seconds, deadline=deadline)
+            row = measure(room.contest, case, seconds, deadline=deadline)
     except Exception as error:
         why = first_line(error)
         results.failures[f"{case.room} {case}"] = why

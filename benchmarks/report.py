@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._bars import geomeans
-from benchmarks._results import CLOCKS, FOLDER, Results, Row, multiplies_bf16
+from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, multiplies_bf16
 
 BLOCK = re.compile(
     r"(?P<open><!-- results:(?P<name>[\w.-]+)(?P<bars> bars)? -->\n)(?P<body>.*?)"
@@ -61,6 +61,16 @@ def rate(row: Row) -> str:
     return ""
 
 
+def phases(row: Row) -> str:
+    """How the step of each contestant that tells it is split."""
+    found = []
+    for name in ("ours", *row.contestants):
+        keys = [phase if name == "ours" else f"{phase}, {name}" for phase in PHASES]
+        if all(key in row.measures for key in keys):
+            found.append(f"{name} {' + '.join(seconds(row.measures[key]) for key in keys)}")
+    return "; ".join(found)
+
+
 def limit(bar: dict, value: float | None) -> str:
     if value is None:
         return ""
@@ -91,6 +101,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(n for row in rows for n in [*row.contestants, *row.missing]))
     heavy = ["ours", *dict.fromkeys(n for row in rows for n in row.memory if n != "ours")]
     header = ["type", "shape", "ours", "spread", "rate", *(f"vs {name}" for name in names)]
+    header += [" + ".join(phase.removesuffix("_s") for phase in PHASES)]
     header += [f"MiB: {', '.join(heavy)}", "error: ours, plain", "bar", "met"]
     table = [header]
     for row in rows:
@@ -106,6 +117,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
                 f"{row.spread:.0%}",
                 rate(row),
                 *ratios,
+                phases(row),
                 ", ".join(weights) if row.memory else "not measured",
                 errors_of(row),
                 "; ".join(bar_text(bar) for bar in row.bars) or "–",

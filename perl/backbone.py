@@ -32,7 +32,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,9 @@ class Backbone:
     ) -> None:
         if tuning not in ("lora", "full"):
             raise UsageError(f"tuning is {tuning!r}: give lora or full")
-        _check_tokenizer(tokenizer, model, name)
+        planned = next(model.parameters()).is_meta  # no data to check, nor to tell the base by
+        if not planned:
+            _check_tokenizer(tokenizer, model, name)
         if any(isinstance(module, pk.LoRALayer) for module in model.modules()):
             raise UsageError(f"{name} carries adapters already: merge them into a plain model")
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
@@ -118,8 +120,9 @@ class Backbone:
         model.eval().requires_grad_(False)
         if tuning == "lora":
             pk.lean_blocks(model)  # before any role: the reference's bits are the same after one
-        self.identity = _identity(model, name)
-        _check_head(self)
+        if not planned:
+            self.identity = _identity(model, name)
+            _check_head(self)
 
     @classmethod
     def load(
@@ -289,6 +292,33 @@ class Backbone:
     def is_scalar(self, name: str) -> bool:
         """Whether the role has a scalar head: a reward or value model, which answers nothing."""
         return self._roles[name].score is not None
+
+    def role_bytes(self) -> dict[str, dict[str, int]]:
+        """What each role alone holds in this process: {role: {"weights": bytes, ...}}.
+
+        Trainable roles also have "gradients", from a backward pass to the update, and "optimizer",
+        the two moments that AdamW keeps from the first update on. "reference" is the untouched
+        model, which under LoRA is the base that all share.
+        """
+        found, own = {}, set()
+        for name, role in self._roles.items():
+            parameters = {p for _, p in _parameters(role)}
+            own |= parameters
+            trained = _bytes(parameters) if role.trainable else 0
+            if role.model is not self.model:
+                parameters |= set(role.model.parameters())
+            found[name] = {"weights": _bytes(parameters)}
+            if role.trainable:
+                found[name] |= {"gradients": trained, "optimizer": 2 * trained}
+        rest = set(self.model.parameters()) - own
+        return found | ({"reference": {"weights": _bytes(rest)}} if rest else {})
+
+    def models(self) -> list[nn.Module]:
+        """The models and scalar heads of all roles, each once."""
+        parts = [self.model]
+        for role in self._roles.values():
+            parts += [role.model] if role.score is None else [role.model, role.score]
+        return list(dict.fromkeys(parts))
 
     def checkpoint_activations(self, name: str) -> None:
         """From now on the role's passes keep the inputs of decoder layers only.
@@ -497,6 +527,11 @@ def _parameters(role: _Role) -> Iterator[tuple[str, nn.Parameter]]:
     yield from pk.adapter_parameters(role.model, role.adapter).items()
     if role.score is not None:
         yield "score.weight", role.score.weight
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Of sharded ones, the part that is here."""
+    return sum(p.to_local().nbytes if distributed.is_sharded(p) else p.nbytes for p in parameters)
 
 
 def _set_requires_grad(role: _Role) -> None:

@@ -34,6 +34,7 @@ COMMANDS = {
     "average": (cfg.AverageConfig, "perl.export:average", "one model from several runs' weights"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
     "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
+    "plan": (cfg.PlanConfig, "perl.plan:run", "memory and time of a training before it runs"),
     "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
 }
 

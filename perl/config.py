@@ -352,24 +352,81 @@ class ReinforceConfig(TrainConfig):
     reward_url: str | None = _reward_url()
     reward_timeout: float | None = _reward_timeout()
     reward_retries: int | None = _reward_retries()
-    prompts_per_step: int = option(16, unit="prompts", at_least=1, help="episodes per update")
+    prompts_per_step: int = option(
+        16, unit="prompts", at_least=1, help="prompts of a step, each answered --answers-per-prompt"
+    )
+    answers_per_prompt: int = option(
+        1, unit="answers", at_least=1, help="answers to each prompt of a step"
+    )
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
+    stop: list[str] | None = option(
+        None,
+        metavar="TEXT",
+        help="strings that end an answer; it keeps the string, and the rest of its last token",
+    )
     temperature: float = option(0.9, above=0, help="sampling temperature, also of log p")
     top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
     top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
+    length_penalty: float = option(
+        0.0, at_least=0, unit="reward per token", help="taken off the reward for each token"
+    )
+    no_end_penalty: float = option(
+        0.0,
+        at_least=0,
+        unit="reward",
+        help="taken off the reward of answers that --max-new-tokens cut, without an end of "
+        "sequence or --stop",
+    )
     beta: float = option(0.05, at_least=0, at_most=1, help="weight of the KL to the anchor")
     kl_convention: Literal["perl", "trl"] = option(
         "perl", help="objective (1 - beta) r - beta KL (perl) or r - beta KL (trl)"
     )
     kl_in: Literal["reward", "loss"] = option(
-        "reward",
-        help="KL as a reward of each token (the sampled log-ratio), or as a term of the "
-        "loss (exact over the vocabulary; LoRA only)",
+        "reward", help="KL as a reward of each token, or as a term of the loss"
     )
-    baseline: Literal["value", "batch_mean", "none"] = option(
-        "value", help="what is subtracted from the return"
+    kl_estimator: Literal["k1", "k3", "exact"] | None = option(
+        None,
+        help="k1: log-ratio of the sampled token (not in the loss); k3: never negative; exact: "
+        "over the vocabulary (LoRA only); default k1 in the reward, exact in the loss",
+    )
+    kl_per: Literal["token", "sequence"] = option(
+        "token",
+        help="KL in the reward: to each token what follows it, or the sum at the last token",
+    )
+    kl_target: float | None = option(
+        None,
+        above=0,
+        unit="nats per answer",
+        help="--beta is where an adaptive beta starts, which holds the KL here; default: no target",
+    )
+    kl_horizon: int | None = option(
+        None,
+        at_least=1,
+        unit="steps",
+        help="of the adaptive beta: a step changes it by 1 / horizon of the KL's relative error, "
+        "held to 0.2; default 10",
+    )
+    entropy_coef: float = option(
+        0.0, at_least=0, help="weight of the policy's mean entropy per token, a bonus"
+    )
+    baseline: Literal["value", "batch_mean", "leave_one_out", "none"] = option(
+        "value",
+        help="what is subtracted from the return; leave_one_out: the mean of the other "
+        "--answers-per-prompt",
     )
     whiten_advantages: bool = option(False, help="scale advantages to mean 0, variance 1")
+    epochs_per_batch: int = option(
+        1, unit="epochs", at_least=1, help="how often a step's answers are learnt from"
+    )
+    minibatches: int = option(
+        1, unit="updates", at_least=1, help="parts of a step's answers, an update for each"
+    )
+    clip_epsilon: float | None = option(
+        None,
+        above=0,
+        help="PPO: pi / pi_sampled pays within 1 +- epsilon, where a step has several updates; "
+        "default 0.2",
+    )
     importance_cap: float | None = option(
         None,
         at_least=1,
@@ -403,10 +460,52 @@ class ReinforceConfig(TrainConfig):
         if self.value_lr is None:
             self.value_lr = self.lr
         _check_reward_source(self, needed=True)
-        if self.kl_in == "loss" and self.tuning == "full":
+        if self.stop is not None and not all(self.stop):
+            raise UsageError(f"--stop is {self.stop}; want strings, none of them empty")
+        self._check_kl()
+        self._check_updates()
+
+    def _check_kl(self) -> None:
+        if self.kl_estimator is None:
+            self.kl_estimator = "k1" if self.kl_in == "reward" else "exact"
+        if self.kl_estimator == "exact" and self.tuning == "full":
             raise UsageError(
-                "--kl-in loss is exact over one head that policy and anchor share; "
-                "--tuning full trains the head, so give --kl-in reward"
+                "--kl-estimator exact wants one head that policy and anchor share, and --tuning "
+                "full trains the head; give --kl-estimator k1 (in the reward) or k3"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise UsageError(
+                "--kl-estimator k1 has no gradient on average as a term of the loss; give exact or "
+                "k3, or --kl-in reward"
+            )
+        if self.kl_in == "loss" and self.kl_per == "sequence":
+            raise UsageError("--kl-per sequence is of --kl-in reward; in the loss it is per token")
+        if self.kl_horizon is not None and self.kl_target is None:
+            raise UsageError("--kl-horizon is of the adaptive beta; give --kl-target, or leave it")
+        if self.kl_target is not None:
+            if self.beta == 0:
+                raise UsageError("--kl-target multiplies beta, which starts at 0; give --beta")
+            self.kl_horizon = self.kl_horizon or 10
+
+    def _check_updates(self) -> None:
+        if self.baseline == "leave_one_out" and self.answers_per_prompt == 1:
+            raise UsageError(
+                "--baseline leave_one_out is the mean of other answers to the prompt; give "
+                "--answers-per-prompt 2 or more"
+            )
+        if self.epochs_per_batch * self.minibatches == 1:
+            if self.clip_epsilon is not None:
+                raise UsageError(
+                    "--clip-epsilon is of several updates per step (the ratio is 1 in the first); "
+                    "give --epochs-per-batch or --minibatches, or leave it out"
+                )
+            return
+        if self.clip_epsilon is None:
+            self.clip_epsilon = 0.2
+        if self.importance_cap is not None:
+            raise UsageError(
+                "--importance-cap weighs by pi / pi_sampled, the ratio that several updates per "
+                "step learn and clip already; leave it out, or --epochs-per-batch and --minibatches"
             )
 
 
@@ -736,6 +835,73 @@ class StudyConfig(Config):
         True, resumable=True, help="--no-cost leaves time and memory to a later --resume"
     )
     resume: bool = option(False, resumable=True, help="go on with what is not done yet")
+
+
+def _as_in(cls: type, name: str) -> Any:
+    """The option of that name of another command."""
+    field = cls.__dataclass_fields__[name]
+    return dataclasses.field(
+        default=field.default, default_factory=field.default_factory, metadata=field.metadata
+    )
+
+
+@dataclass(kw_only=True)
+class PlanConfig(Config):
+    """Peak memory and step time of trainings, full and with LoRA, from a model's config.json alone.
+
+    Memory is counted operation by operation, for batches whose rows are as long as --max-tokens.
+    Times are estimates: they want --machine, --probe, or --device-flops and --device-bandwidth.
+    """
+
+    model: str = option(help="model folder, config.json, hub name, or the folder of a run")
+    job: Literal["all", "sft", "reward", "reinforce"] = option("all", help="which trainer")
+    dtype: Literal["float32", "bfloat16"] = _as_in(ModelConfig, "dtype")
+    device: Literal["cpu", "cuda"] = option(
+        "cpu", help="whose memory: the process's (cpu), or that of torch's allocator (cuda)"
+    )
+    lora_rank: int = _as_in(TrainConfig, "lora_rank")
+    lora_dropout: float = _as_in(TrainConfig, "lora_dropout")
+    lora_targets: list[str] = _as_in(TrainConfig, "lora_targets")
+    batch_size: int = _as_in(SftConfig, "batch_size")
+    micro_batch_size: int = _as_in(TrainConfig, "micro_batch_size")
+    max_tokens: int = _as_in(TrainConfig, "max_tokens")
+    checkpoint_activations: bool = option(
+        False, help="reward: keep only the inputs of decoder layers, and run them again in backward"
+    )
+    prompts_per_step: int = _as_in(ReinforceConfig, "prompts_per_step")
+    max_new_tokens: int = _as_in(ReinforceConfig, "max_new_tokens")
+    kl_in: Literal["reward", "loss"] = _as_in(ReinforceConfig, "kl_in")
+    baseline: Literal["value", "batch_mean", "none"] = _as_in(ReinforceConfig, "baseline")
+    reward_models: int = option(
+        1, at_least=0, help="reinforce: how many score the answers; 0 = a function does"
+    )
+    devices: int = option(1, at_least=1, help="processes that share the batch, one device each")
+    shard: bool = _as_in(TrainConfig, "shard")
+    memory: float | None = option(
+        None, unit="GiB", above=0, help="of each device: also tell the largest batch that fits"
+    )
+    machine: Literal["h200", "h100", "a100", "l40s", "l4"] | None = option(
+        None, help="peaks of this GPU's data sheet, in 16 bits"
+    )
+    probe: bool = option(False, help="measure the peaks here, for two seconds")
+    device_flops: float | None = option(None, unit="FLOP/s", above=0, help="peak of products")
+    device_bandwidth: float | None = option(None, unit="bytes/s", above=0, help="peak of memory")
+    efficiency: float = option(
+        1.0, above=0, at_most=1, help="share of the peaks that a step is taken to reach"
+    )
+    json: bool = option(False, help="one JSON object in place of tables; bytes, seconds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.device_flops is None) != (self.device_bandwidth is None):
+            raise UsageError("--device-flops and --device-bandwidth go together; give both")
+        peaks = [self.machine is not None, self.probe, self.device_flops is not None]
+        if sum(peaks) > 1:
+            raise UsageError(
+                "--machine, --probe and --device-flops all say how fast the device is; give one"
+            )
+        if self.shard and self.devices == 1:
+            raise UsageError("--shard spreads the model over several --devices; give at least 2")
 
 
 # ---------------------------------------------------------------------------------------------

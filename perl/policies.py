@@ -148,12 +148,9 @@ def answers_of(
             generator=generator,
             ended=bar.update,
         )
-    eos = backbone.tokenizer.eos_token_id
-    texts, log_prob = rollout.texts(backbone.tokenizer), rollout.log_prob.sum(1).tolist()
-    return [
-        Answer(text, ids, ids[-1] == eos, value)
-        for text, ids, value in zip(texts, rollout.answers(), log_prob, strict=True)
-    ]
+    texts, ended = rollout.texts(backbone.tokenizer), rollout.ended.tolist()
+    log_prob = rollout.log_prob.sum(1).tolist()
+    return [Answer(*each) for each in zip(texts, rollout.answers(), ended, log_prob, strict=True)]
 
 
 @torch.no_grad()

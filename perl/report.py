@@ -146,6 +146,7 @@ def write_run_report(run_folder: str | Path) -> Path:
         [
             ("Learning curves", _drawings(folder / "curves.png", panels)),
             ("Figures", _table(_figures(rows, curves))),
+            ("Memory of each role", _table(_role_memory(rows))),
             ("Held-out answers", _drawings(folder / "held_out.png", _held_out(rows, config))),
             ("Samples", _samples(run_samples(folder))),
             ("Configuration", _configuration(config)),
@@ -472,6 +473,16 @@ def _figures(rows: Rows, curves: Sequence[_Curve]) -> list[dict[str, Any]]:
                 "mean of the last tenth": statistics.fmean(values[-max(1, len(values) // 10) :]),
             })  # fmt: skip
     return table
+
+
+def _role_memory(rows: Rows) -> list[dict[str, Any]]:
+    """A row per role: what it alone holds, where the last step told it."""
+    held = rows[-1].get("role_bytes", {}) if rows else {}
+    kinds = ("weights", "gradients", "optimizer")
+    return [
+        {"role": role} | {f"{kind}, MB": parts.get(kind, 0) / 1e6 for kind in kinds}
+        for role, parts in held.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------

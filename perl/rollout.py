@@ -45,6 +45,7 @@ class Rollout(NamedTuple):
     completion_ids: Tensor  # (B, T) = sequences[:, P:]
     completion_mask: Tensor  # (B, T) bool, True up to the end-of-sequence token, itself included
     log_prob: Tensor  # (B, T) float32, 0 past the end; see `generate`
+    ended: Tensor  # (B,) bool, False where `max_new_tokens` cut the answer
 
     def texts(self, tokenizer) -> list[str]:
         """The answers as text, without special tokens."""
@@ -66,6 +67,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop: Sequence[str] = (),
     batch_size: int = 0,
     generator: torch.Generator | None = None,
     draws: Tensor | None = None,  # (B, max_new_tokens) float64 in [0, 1)
@@ -75,6 +77,8 @@ def generate(
 
     temperature: divides the logits; 0 takes the likeliest token. top_k, top_p: draw among the k
     likeliest tokens, and among the likeliest that together hold the mass p; 0 and 1.0 are off.
+    stop: an answer ends, as with an end of sequence, with the token that completes one of these
+    strings in its text, special tokens included; the token is kept whole.
     batch_size: rows at once, whatever the number of prompts; 0 = all. Memory goes with it.
     generator: on the backbone's device; its state alone decides the draws. draws: in its place,
     where a process answers some rows of what several together draw with `draw`.
@@ -84,10 +88,10 @@ def generate(
     top-p cut its tail, as `pk.policy_loss` computes it again. At temperature 0 it is that of
     temperature 1.
 
-    Raises ValueError for an empty prompt, a range that is off, or prompts longer than the model's
-    context less `max_new_tokens`.
+    Raises ValueError for an empty prompt or stop string, a range that is off, or prompts longer
+    than the model's context less `max_new_tokens`.
     """
-    _check(backbone, prompts, max_new_tokens, temperature, top_k, top_p, batch_size, draws)
+    _check(backbone, prompts, max_new_tokens, temperature, top_k, top_p, stop, batch_size, draws)
     if draws is None:
         draws = draw(len(prompts), max_new_tokens, backbone.device, generator)
     head = backbone.head(role)
@@ -95,7 +99,7 @@ def generate(
     def choose(hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         return _choose(_logits(hidden, head), numbers, temperature, top_k, top_p)
 
-    batch = _Batch(backbone, role, prompts, max_new_tokens, batch_size, draws, choose)
+    batch = _Batch(backbone, role, prompts, max_new_tokens, stop, batch_size, draws, choose)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     going = len(prompts)
     while backbone.any_process(waiting or batch.taken):
@@ -131,12 +135,14 @@ class _Batch:
         role: str | None,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
+        stop: Sequence[str],
         batch_size: int,
         draws: Tensor,
         choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> None:
         self.backbone, self.role, self.prompts, self.choose = backbone, role, prompts, choose
         self.max_new_tokens, self.device, total = max_new_tokens, backbone.device, len(prompts)
+        self.stop = stop
         self.pad_id = backbone.tokenizer.pad_token_id
         self.rows = min(batch_size or total, total)
         self.columns = max(map(len, prompts)) + max_new_tokens
@@ -164,6 +170,7 @@ class _Batch:
         self.tokens = integers(total + 1, max_new_tokens, value=self.pad_id)
         self.log_prob = torch.zeros(total + 1, max_new_tokens, device=self.device)
         self.length = integers(total + 1)
+        self.ended = torch.zeros(total + 1, dtype=torch.bool, device=self.device)
         self._free()
 
     def admit(self, group: list[int]) -> None:
@@ -227,11 +234,14 @@ class _Batch:
     def _drop(self) -> None:
         """Frees the rows whose answer ended; the last ones move into their places."""
         taken = slice(0, self.taken)
-        token, count = self.token[taken], self.count[taken]
-        ended = (token == self.backbone.tokenizer.eos_token_id) | (count == self.max_new_tokens)
+        prompt, token, count = self.prompt[taken], self.token[taken], self.count[taken]
+        by_itself = token == self.backbone.tokenizer.eos_token_id
+        if self.stop:
+            by_itself |= self._stopped(prompt, count)
+        ended = by_itself | (count == self.max_new_tokens)
         if not ended.any():
             return
-        self.length[self.prompt[taken][ended]] = count[ended]
+        self.length[prompt[ended]], self.ended[prompt] = count[ended], by_itself
         kept = self.taken - int(ended.sum())
         order = torch.arange(kept, device=self.device)
         order[ended[:kept]] = kept + (~ended[kept:]).nonzero()[:, 0]
@@ -242,6 +252,19 @@ class _Batch:
         self._free()
         if kept and self.continuous:
             self.first = int(self.start[:kept].min())
+
+    def _stopped(self, prompt: Tensor, count: Tensor) -> Tensor:  # (taken,) bool
+        """Where the newest token completes a stop string, which may have begun tokens before.
+
+        A token holds a byte of text at least, so the string's bytes bound how many to look at; one
+        more, since decoding may take a space off the first of them.
+        """
+        window = 1 + max(len(string.encode()) for string in self.stop)
+        rows = zip(self.tokens[prompt].tolist(), count.tolist(), strict=True)
+        recent = [ids[max(0, end - window) : end] for ids, end in rows]
+        texts = self.backbone.tokenizer.batch_decode(recent)
+        found = [any(string in text for string in self.stop) for text in texts]
+        return torch.tensor(found, device=self.device)
 
     def _free(self) -> None:
         """Rows without a prompt: they run in a graph, and see column 0, as none may see nothing."""
@@ -274,6 +297,7 @@ class _Batch:
             completion_ids=completion_ids,
             completion_mask=completion_mask,
             log_prob=self.log_prob[:total, :longest],
+            ended=self.ended[:total],
         )
 
 
@@ -372,6 +396,7 @@ def _check(
     temperature: float,
     top_k: int,
     top_p: float,
+    stop: Sequence[str],
     batch_size: int,
     draws: Tensor | None,
 ) -> None:
@@ -383,6 +408,8 @@ def _check(
         raise ValueError(f"temperature is {temperature}; want 0 (greedy) or more")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"top_k is {top_k} and top_p {top_p}; want top_k >= 0 and 0 < top_p <= 1")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}; want a list of strings, none of them empty")
     if batch_size < 0:
         raise ValueError(f"batch_size is {batch_size}; want rows at once, or 0 for all prompts")
     if draws is not None and (draws.shape != (len(prompts), max_new_tokens)):

@@ -2,31 +2,55 @@
 
     J(θ) = E_{y∼π_θ}[(1 − β) r(y|x) − β KL(π_θ ‖ π_anchor)]        (arXiv 2403.10704, 2309.00267)
 
-Every step: sample answers (rollout), reward them and measure the anchor's log-probabilities
-(score), one gradient step for the value and one for the policy (learn). Policy, value, reward and
+Every step: sample answers (rollout), reward them and measure the KL to the anchor (score), then a
+gradient step for the value and one for the policy, or several (learn). Policy, value, reward and
 anchor are roles of one backbone: adapters, and adapters off. With `--tuning full` the same lines
-run with four models in place of one.
+run with four models in place of one. The arithmetic is in `reinforce.py`, what of it runs a model
+in `policy_step.py`.
 
-Choices that the paper leaves open, each with its reason:
-- KL enters as a reward of each token, −β (log π − log π_anchor), `--kl-in reward`: its gradient is
-  unbiased for the sequence KL, future tokens included. `--kl-in loss` puts β times the exact KL
-  over the vocabulary into the loss: less noise, but blind to how a token changes the states that
-  follow. Both are the KL of the policies that are sampled, temperature included.
-- log π in that reward is what sampling computed: the learning pass would give the same number up to
-  rounding, and how far the two differ is logged (`mean_abs_dlogp`, `max_abs_dlogp`). Where that is
-  more than rounding (low precision, LoRA dropout) `--importance-cap` weighs each token by the ratio
-  of the two, truncated. It is off by default: another pass over the head, for a ratio that is 1 up
-  to rounding otherwise.
-- Losses are means over the answer tokens of the batch, so a step does not grow with the answers.
+Choices that the paper leaves open, and the other ways there are, each with its reason:
+- KL enters as a reward of each token, −β (log π − log π_anchor), `--kl-in reward --kl-estimator
+  k1`: its gradient is unbiased for the sequence KL, future tokens included, at the price of a pass
+  of the anchor. It is the KL of the policies that are sampled, temperature included, and log π in
+  it is what sampling computed. `exact` there is unbiased too and has less noise: the return
+  credits a token with the exact KL of the states after it, and the KL of its own state, whose
+  gradient a reward lacks, is in the loss as well; a pass of the policy more. `k3` there is biased
+  (`reinforce.k3`), and is had for comparison with others.
+- `--kl-in loss` puts β KL into the loss alone, by default exact: least noise, but blind to how a
+  token changes the states that follow. `k3` there is GRPO's, with the gradient of the KL the other
+  way round. `k1` there is refused: its gradient is 0 on average. `exact` wants one head that policy
+  and anchor share, so not `--tuning full`.
+- `--kl-per token`: a token is told the KL that follows it, and not what was before, which is noise
+  to it. `sequence` puts the sum at the last token, as RLOO does.
+- β is constant: the paper's objective. `--kl-target` adapts it to a KL per answer.
+- The baseline is a value model, the paper's: it knows the state. `leave_one_out` needs none, and
+  several `--answers-per-prompt`, whose prompts' difficulty it takes out (RLOO with `--kl-per
+  sequence`). `batch_mean` holds each answer's own return: a bias of one in the batch's tokens.
+- Advantages are not whitened: the baseline centres them, and the clipped AdamW step has a scale of
+  its own. `--whiten-advantages` does it.
+- One update per step: the data are on-policy, and no ratio is needed. With `--epochs-per-batch` and
+  `--minibatches` the ratio to the policy of sampling is learnt, clipped as in PPO (epsilon 0.2,
+  PPO's own). Its denominator is what sampling computed: tokens were drawn from just that, so where
+  sampling and learning differ by more than rounding the ratio takes the difference into account,
+  and no pass is spent on a second log π. Advantages are fixed before the first update.
+- How far sampling and learning differ is logged before the first update of each step
+  (`mean_abs_dlogp`, `max_abs_dlogp`). With one update, `--importance-cap` weighs each token by the
+  ratio of the two, truncated, where it is more than rounding (low precision, LoRA dropout). It is
+  off by default: another pass over the head, for a ratio that is 1 up to rounding otherwise.
+- No entropy bonus: the KL holds the policy near an anchor that has entropy. `--entropy-coef` adds
+  it, exact over the vocabulary, by sweeps over the head's tiles like all else.
+- No penalties of length or of a missing end, and no stop strings: what a good answer is, the reward
+  says. Penalties are of the score itself, before β; `reward` in the metrics is without them.
+- Losses are means over the answer tokens of an update, so a step does not grow with the answers.
 - alpha / R is 2 at the default rank, and the learning rate 10 × that of full tuning (1e-4, 1e-5).
-- Advantages are not whitened by default: the baseline centres them, and the clipped AdamW step
-  has a scale of its own. `--whiten-advantages` does it.
+  Its schedule counts steps, whatever the updates in each.
 - The value head starts at zero, so the first baseline is 0 and not noise.
 - The result is the last policy, not the best by reward: the reward is what a policy overfits.
 
-Left out: clipping and several epochs per batch (PPO; the data are on-policy here, so the ratio is
-1), GAE (γ = λ = 1 is the plain return), discounting (only the last token is rewarded), an adaptive
-β, an entropy bonus, dropout of the base (the policy that learns is the one that was sampled).
+Left out: GAE (γ = λ = 1 is the plain return) and discounting (only the last token is rewarded),
+clipping of the value loss (it gains nothing measurable: arXiv 2006.05990), division by a group's
+spread as in GRPO (it favours prompts whose answers hardly differ), dropout of the base (the policy
+that learns is the one that was sampled).
 """
 
 from __future__ import annotations
@@ -38,11 +62,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import perl_kernels as pk
 from perl import distributed, reinforce
-from perl.backbone import Backbone, Head
+from perl.backbone import Backbone
 from perl.config import ReinforceConfig
 from perl.data import (
     Batches,
@@ -57,6 +80,13 @@ from perl.data import (
 from perl.ensemble import Rewards, joined
 from perl.guards import Guards
 from perl.memory import PeakMemory
+from perl.policy_step import (
+    anchor_log_prob,
+    ask_anchor,
+    estimate_kl,
+    learn,
+    reward_returns,
+)
 from perl.reward_sources import (
     Prompt,
     Scorer,
@@ -73,7 +103,6 @@ from perl.training import (
     bookmark,
     lora_config,
     make_optimizer,
-    micro_batches,
     open_backbone,
     peak_memory,
     save,
@@ -107,6 +136,8 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
     batches = Batches(prompts, config.prompts_per_step, config.seed, encoded.mixture)
     begin(config, checkpoint, optimizers, batches)
     guards = Guards(config, checkpoint and checkpoint.state.get("guards"))
+    adaptive = config.kl_target is not None
+    beta = checkpoint.state["beta"] if checkpoint and adaptive else config.beta
 
     # ---- loop
     with run, PeakMemory(backbone.device) as peak, stopping(run):
@@ -117,37 +148,45 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                 run.log(0, **evaluate(config, backbone, held_out, score))
         for step in run.steps(config.steps, "reinforce"):
             clock, go_back = Clock(backbone.device), bookmark(batches)
-            batch = next(batches)
-            keep = partial(save, run, step - 1, backbone, optimizers, batches, **guards.state())
+            batch, state = episodes(config, next(batches)), {"beta": beta, **guards.state()}
+            keep = partial(save, run, step - 1, backbone, optimizers, batches, **state)
 
             with clock.phase("rollout"):
                 rollout = sample(config, backbone, batch, derived_seed(config.seed, step))
             with clock.phase("score"):
                 with keeping(run, step - 1, go_back, keep):
                     rewards = score(rollout, distributed.share(batch))
+                anchor = ask_anchor(config, backbone, rollout)
                 kl = torch.zeros_like(rollout.log_prob)
                 if config.kl_in == "reward":
-                    kl = sampled_kl(config, backbone, rollout)
-                returns = reward_returns(config, rewards.reward, kl, rollout)
+                    kl = estimate_kl(config, backbone, rollout, anchor)
+                returns = reward_returns(config, rewards.reward, kl, rollout, beta)
             with clock.phase("learn"):
-                facts = learn(config, backbone, rollout, returns)
-                norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
-                run.check_finite(step, loss=facts["loss"], **norms)
-                for optimizer in optimizers.values():
-                    optimizer.step(step)
+                updates = []
+                for facts in learn(config, backbone, rollout, returns, anchor, beta):
+                    norms = {f"{role}_grad_norm": o.clip() for role, o in optimizers.items()}
+                    run.check_finite(step, loss=facts["loss"], **norms)
+                    for optimizer in optimizers.values():
+                        optimizer.step(step)
+                    updates.append(facts | norms)
 
             metrics = {
                 **whole_batch(rewards, len(batch)).figures(),
-                "kl": distributed.mean(kl.sum(1).mean().item()),  # nats per answer, sampled
-                **facts,  # with the exact "kl" where it is in the loss
-                **norms,
+                "kl": distributed.mean(kl.sum(1).mean().item()),  # nats per answer
+                **reinforce.over_updates(updates),  # with the "kl" that is in the loss
                 "length": distributed.mean(rollout.completion_mask.sum(1).float().mean().item()),
+                "ended": distributed.mean(rollout.ended.float().mean().item()),
                 "tokens_per_s": distributed.total(rollout.attention_mask.sum().item())
                 / clock.total,
                 **clock.seconds(),
                 **peak_memory(peak),
             }
+            if adaptive:
+                metrics["beta"] = beta
+                beta = reinforce.adapted(beta, metrics["kl"], config.kl_target, config.kl_horizon)
             last = step == config.steps
+            if last:
+                metrics["role_bytes"] = backbone.role_bytes()
             validated = held_out and (step % config.validate_every == 0 or last)
             if validated:
                 metrics |= evaluate(config, backbone, held_out, score)
@@ -157,7 +196,7 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
             if step % config.samples_every == 0 or last:
                 write_samples(run, step, config, backbone, prompts, score)
             if run.checkpoint_due(step):
-                save(run, step, backbone, optimizers, batches, **guards.state())
+                save(run, step, backbone, optimizers, batches, beta=beta, **guards.state())
         last = run.latest_checkpoint()
         result = run.publish("policy", last)
     return {"policy": str(result), "step": last.step} | run.metrics_at(last.step)
@@ -195,6 +234,16 @@ def with_text(encoded: Encoded) -> list[Prompt]:
 # ------------------------------------------------------------------------------------- rollout
 
 
+def episodes(config: ReinforceConfig, prompts: list[Prompt]) -> list[Prompt]:
+    """Prompts in the order in which they are answered: all of them, then all of them again.
+
+    A batch comes sorted by length, and minibatches are parts of this order one after another: so
+    that each has short prompts and long ones, they are dealt out first.
+    """
+    dealt = [p for part in range(config.minibatches) for p in prompts[part :: config.minibatches]]
+    return dealt * config.answers_per_prompt
+
+
 def sample(
     config: ReinforceConfig,
     backbone: Backbone,
@@ -212,6 +261,7 @@ def sample(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        stop=config.stop or (),
         draws=draws[distributed.share(range(len(prompts)))],
     )
 
@@ -228,133 +278,6 @@ def whole_batch(rewards: Rewards, count: int) -> Rewards:
     return Rewards(*columns)
 
 
-@torch.no_grad()
-def sampled_kl(
-    config: ReinforceConfig, backbone: Backbone, rollout: Rollout
-) -> Tensor:  # (B, T) float32
-    """log π − log π_anchor of the answers' tokens; 0 past an answer's end."""
-    head, ids = backbone.head(), rollout.completion_ids.where(rollout.completion_mask, -100)
-    ref_log_prob = [
-        pk.linear_log_prob(
-            answer_states(backbone, None, rollout, rows),
-            head.weight,
-            ids[rows],
-            temperature=config.temperature,
-            **head.options,
-        )
-        for rows in micro_batches(config.micro_batch_size, len(ids))
-    ]
-    return reinforce.k1(rollout.log_prob, torch.cat(ref_log_prob))
-
-
-def reward_returns(
-    config: ReinforceConfig, scores: Tensor, kl: Tensor, rollout: Rollout
-) -> Tensor:  # (B, T)
-    """Z_t: (1 − β) r, less β times the KL still to come where KL is part of the reward."""
-    rewards = reinforce.token_rewards(
-        scores,
-        kl,
-        rollout.completion_mask,
-        reward_coef=1.0 if config.kl_convention == "trl" else 1.0 - config.beta,
-        kl_coef=config.beta if config.kl_in == "reward" else 0.0,
-    )
-    return reinforce.returns(rewards, rollout.completion_mask)
-
-
-# --------------------------------------------------------------------------------------- learn
-
-
-def learn(
-    config: ReinforceConfig, backbone: Backbone, rollout: Rollout, returns: Tensor
-) -> dict[str, float]:
-    """Leaves the gradients of both losses in `.grad`, and returns facts about them.
-
-    The value goes first: its predictions before the update are the policy's baseline. Losses are
-    sums over rows divided by the batch's tokens, so they are the same however rows are split.
-    """
-    ids, mask = rollout.completion_ids, rollout.completion_mask
-    tokens = distributed.total(mask.sum().item())
-    rows_of = micro_batches(config.micro_batch_size, len(ids))
-    facts: dict[str, float] = {}
-
-    baseline: Tensor | float = 0.0
-    if config.baseline == "value":
-        predictions, total = [], 0.0
-        for rows in rows_of:
-            values = backbone.values("value", *inputs(rollout, rows))[:, rollout.prompt_len - 1 :]
-            loss = reinforce.value_loss(values, returns[rows], mask[rows]) / tokens
-            loss.backward()
-            predictions.append(values.detach())
-            total += loss.item()
-        baseline, facts["value_loss"] = torch.cat(predictions), distributed.total(total)
-    elif config.baseline == "batch_mean":
-        baseline = reinforce.masked_mean(returns, mask)
-    advantage = reinforce.advantages(returns, baseline, mask, whiten=config.whiten_advantages)
-
-    head, in_loss = backbone.head("policy"), config.kl_in == "loss"
-    log_prob, entropy, kl, total = [], [], [], 0.0
-    for rows in rows_of:
-        with torch.no_grad():
-            ref_hidden = answer_states(backbone, None, rollout, rows) if in_loss else None
-        hidden, weighed = answer_states(backbone, "policy", rollout, rows), advantage[rows]
-        if config.importance_cap is not None:
-            weighed = weighed * importance_weights(config, head, hidden.detach(), rollout, rows)
-        out = pk.policy_loss(
-            hidden,
-            head.weight,
-            ids[rows],
-            weighed,
-            ref_hidden=ref_hidden,
-            kl_coef=config.beta if in_loss else 0.0,
-            mask=mask[rows],
-            temperature=config.temperature,
-            reduction="sum",
-            **head.options,
-        )
-        (out.loss / tokens).backward()
-        total += (out.loss / tokens).item()
-        log_prob.append(out.log_prob)
-        entropy.append(out.entropy)
-        if in_loss:
-            kl.append(out.kl.sum(1))
-    if in_loss:
-        facts["kl"] = distributed.mean(torch.cat(kl).mean().item())
-    return facts | {
-        "loss": distributed.total(total),
-        "entropy": reinforce.masked_mean(torch.cat(entropy), mask),
-        **reinforce.mismatch(torch.cat(log_prob), rollout.log_prob, mask),
-    }
-
-
-@torch.no_grad()
-def importance_weights(
-    config: ReinforceConfig,
-    head: Head,
-    hidden: Tensor,  # (rows, T, H)
-    rollout: Rollout,
-    rows: slice,
-) -> Tensor:  # (rows, T)
-    """The answers' tokens weighed by how likely the policy that learns finds them."""
-    ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
-    log_prob = pk.linear_log_prob(
-        hidden, head.weight, ids, temperature=config.temperature, **head.options
-    )
-    cap = config.importance_cap
-    return reinforce.importance_weights(log_prob, rollout.log_prob[rows], mask, cap)
-
-
-def answer_states(
-    backbone: Backbone, role: str | None, rollout: Rollout, rows: slice
-) -> Tensor:  # (B, T, H)
-    """The hidden states that predict the answers' tokens: one position before each."""
-    return backbone.hidden(role, *inputs(rollout, rows))[:, rollout.prompt_len - 1 :]
-
-
-def inputs(rollout: Rollout, rows: slice) -> tuple[Tensor, Tensor]:
-    """Ids and mask of a forward pass; the last token predicts nothing."""
-    return rollout.sequences[rows, :-1], rollout.attention_mask[rows, :-1]
-
-
 # --------------------------------------------------------------------------------------- watch
 
 
@@ -367,8 +290,8 @@ def evaluate(
         batch = prompts[start : start + config.prompts_per_step]
         rollout = sample(config, backbone, batch, derived_seed(config.seed, 0, start))
         rewards.append(whole_batch(score(rollout, distributed.share(batch)), len(batch)))
-        of_answers = sampled_kl(config, backbone, rollout).sum(1).tolist()
-        kl += distributed.gathered(of_answers, len(batch))
+        sampled_kl = reinforce.k1(rollout.log_prob, anchor_log_prob(config, backbone, rollout))
+        kl += distributed.gathered(sampled_kl.sum(1).tolist(), len(batch))
     figures = joined(rewards).figures() | {"kl": sum(kl) / len(kl)}
     return {f"validation_{name}": value for name, value in figures.items()}
 

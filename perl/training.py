@@ -130,12 +130,15 @@ def begin(
 
 def check_processes(config: TrainConfig, batches: Batches) -> None:
     """UsageError where processes have other data, or batches do not divide among them."""
-    size, rows = distributed.size(), batches.batch_size
-    if rows % size:
-        flag = "--prompts-per-step" if isinstance(config, ReinforceConfig) else "--batch-size"
+    size, rows, flag, parts = distributed.size(), batches.batch_size, "--batch-size", 1
+    if isinstance(config, ReinforceConfig):
+        rows, parts = rows * config.answers_per_prompt, config.minibatches
+        flag = "--prompts-per-step" + " x --answers-per-prompt" * (config.answers_per_prompt > 1)
+    if rows % (size * parts):
+        each = f" for each of {parts} --minibatches" if parts > 1 else ""
         raise UsageError(
-            f"a batch has {rows} rows ({flag}, or all of --data) and there are {size} processes; "
-            f"give a multiple of {size}, or start fewer"
+            f"a batch has {rows} rows ({flag}, or all of --data) and there are {size} processes"
+            f"{each}; give a multiple of {size * parts}, or fewer of these"
         )
     if size > 1:
         lengths = [len(example) for example in batches.examples]
@@ -176,10 +179,10 @@ def save(
     )
 
 
-def micro_batches(size: int, rows: int) -> list[slice]:
-    """Slices of `size` rows (0: all at once) that cover `rows`."""
-    size = size or rows
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def micro_batches(size: int, stop: int, start: int = 0) -> list[slice]:
+    """Slices of `size` rows (0: all at once) that cover the rows from `start` up to `stop`."""
+    size = size or stop - start
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def rows_per_pass(config: TrainConfig) -> int:

@@ -15,6 +15,7 @@ import perl_kernels as pk
 from perl.backbone import Backbone
 from perl.config import UsageError
 from perl.data import pad
+from perl.optimizer import Optimizer
 
 SENTENCES = [[1, 7, 9, 30, 55, 3], [1, 200], [1, 8, 17, 260]]
 
@@ -64,6 +65,31 @@ def test_four_roles_live_in_the_memory_of_one_model(tmp_path):
     assert adapters > 0
     assert sum(storages(backbone.model).values()) == before + adapters
     assert backbone.head("policy").weight is backbone.head(None).weight
+    told = backbone.role_bytes()
+    assert told["reference"] == {"weights": before} and told["reward"].keys() == {"weights"}
+    heads = 2 * 4 * backbone.config.hidden_size  # of value and reward
+    assert sum(role["weights"] for role in told.values()) == before + adapters + heads
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_roles_are_told_by_what_training_makes_of_them(tuning, tmp_path):
+    backbone = make(tuning)
+    other = tiny_model(seed=1, scalar=True)
+    other.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    backbone.load_role("reward", tmp_path)
+    backbone.add_role("value", scalar=True)
+    optimizer = Optimizer(backbone.trainable("value"), lr=1e-3)
+    backbone.values("value", *batch()).sum().backward()
+    gradients = sum(p.grad.nbytes for _, p in backbone.trainable("value"))
+    optimizer.step(1)
+    moments = sum(t.nbytes for key, t in optimizer.state().items() if not key.endswith("/step"))
+    told = backbone.role_bytes()
+    assert told == {
+        "reward": {"weights": sum(storages(other).values())},
+        "value": {"weights": gradients, "gradients": gradients, "optimizer": moments},
+        "reference": {"weights": sum(storages(tiny_model()).values())},
+    }
 
 
 def test_full_tuning_owns_every_weight_and_leaves_the_reference_untouched(tmp_path):

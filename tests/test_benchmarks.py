@@ -288,6 +288,15 @@ def test_markdown_has_a_line_per_row_and_per_bar():
     assert "bars: 8 met, 0 missed, 2 not measured" in text
 
 
+def test_a_step_is_told_by_its_phases():
+    times = {"rollout_s": 2.0, "score_s": 0.5, "learn_s": 1.0}
+    theirs = {f"{phase}, frozen": 2 * value for phase, value in times.items()}
+    row = make_row(measures=times | theirs)
+    assert report.phases(row) == "ours 2 s + 500 ms + 1 s; frozen 4 s + 1 s + 2 s"
+    assert "| rollout + score + learn |" in report.as_markdown(make_results(row))
+    assert "rollout" not in report.as_markdown(make_results(make_row()))
+
+
 def test_a_run_on_a_gpu_tells_ceilings_clocks_and_versions():
     results = make_results(make_row())
     results.machine["ceilings"] = [["copy", "B/s", 4.3e12]]
@@ -392,7 +401,7 @@ def test_gpu_campaign_dry_run(tmp_path):
     assert "== study: exit code 0" in done.stdout
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
-    assert {row.room for row in results.rows} == {*ROOMS, "reward_step"}
+    assert {row.room for row in results.rows} == {*ROOMS, "reward_step", "policy_step"}
     assert not results.failures and not results.left_out
     assert all(value > 0 for _, _, value in results.machine["ceilings"])
 

@@ -189,6 +189,15 @@ def test_data_shows_kind_counts_lengths_and_balance(tmp_path, capsys):
     assert text.splitlines()[-1] == '{"prompt": "x", "completion": "y", "label": false}'
 
 
+def test_data_counts_margins(tmp_path, capsys):
+    path = tmp_path / "d.jsonl"
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": m} for m in (0.5, 2, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = run(capsys, "data", path, "--rows", "0")
+    assert f"{path}: 3 pairwise rows {{prompt, chosen, rejected, margin}}" in text
+    assert "margin       0.5: 1 (33.3%), 2: 2 (66.7%)" in text
+
+
 def test_data_counts_tokens_and_rewrites_published_formats(files, tmp_path, capsys):
     dialog = "\n\nHuman: hi\n\nAssistant:"
     path = tmp_path / "hh.jsonl"

@@ -29,7 +29,7 @@ def make_run(folder, config_class, rows, samples=(), **changes):
 
 
 def reinforce_rows(steps=4, offset=0.0):
-    return [
+    rows = [
         {
             "step": step,
             "reward": offset + step / 10,
@@ -45,6 +45,9 @@ def reinforce_rows(steps=4, offset=0.0):
         }
         for step in range(1, steps + 1)
     ]
+    policy = {"weights": 2_000_000, "gradients": 2_000_000, "optimizer": 4_000_000}
+    rows[-1]["role_bytes"] = {"policy": policy, "reference": {"weights": 400_000_000}}
+    return rows
 
 
 def samples(prompt="two scones", before="scone", after="That is 6 euros."):
@@ -125,7 +128,8 @@ def reinforce_report(tmp_path_factory):
 def test_a_reinforce_run_has_its_curves_figures_and_samples_side_by_side(reinforce_report):
     assert reinforce_report.name == "report.html"
     page = Page(reinforce_report)
-    assert list(page.sections)[1:] == ["Learning curves", "Figures", "Samples", "Configuration"]
+    wanted = ["Learning curves", "Figures", "Memory of each role", "Samples", "Configuration"]
+    assert list(page.sections)[1:] == wanted
     assert "REINFORCE: rl" in page.sections[""]
     assert "4 of 200 steps · LoRA of rank 16 · model base" in page.sections[""]
     assert page.drawings == [
@@ -141,6 +145,7 @@ def test_a_reinforce_run_has_its_curves_figures_and_samples_side_by_side(reinfor
     assert page.row("Reward") == ["score", "0.1", "0.4", "0.4"]
     assert page.row("Step time, whole step") == ["ms", "200", "2,000", "2,000"]
     assert page.row("Peak memory") == ["MB", "500", "500", "500"]
+    assert page.row("policy") == ["2", "2", "4"] and page.row("reference") == ["400", "0", "0"]
     assert page.row("beta") == ["0.05"]
     shown = page.sections["Samples"]
     assert shown == ("Samplestwo sconesstep 0 reward 0.25sconestep 4 reward 0.75That is 6 euros.")

@@ -13,9 +13,10 @@ from peft import PeftModel
 import perl_kernels as pk
 from perl.backbone import Backbone
 from perl.config import ReinforceConfig, UsageError
+from perl.policy_step import ask_anchor, estimate_kl, learn, reward_returns
 from perl.reward_sources import Prompt, Unrewarded, make_scorer
 from perl.rollout import generate
-from perl.train_policy import learn, reward_returns, sampled_kl, train
+from perl.train_policy import train
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
 # The share of an answer's letters that are vowels.
@@ -147,7 +148,8 @@ def test_gradients_are_those_of_the_definition(world, tuning, changes, dtype, to
     policy_loss, value_loss = plain_losses(config, backbone, rollout, returns)
     (policy_loss + (value_loss if config.baseline == "value" else 0.0)).backward()
     wanted = gradients(backbone)
-    facts = learn(config, backbone, rollout, returns)
+    anchor = ask_anchor(config, backbone, rollout)
+    facts = next(learn(config, backbone, rollout, returns, anchor, config.beta))
     assert facts["loss"] == pytest.approx(policy_loss.item(), rel=tolerance, abs=tolerance)
     if config.baseline == "value":
         assert facts["value_loss"] == pytest.approx(value_loss.item(), rel=tolerance)
@@ -174,7 +176,8 @@ def test_importance_cap_weighs_what_sampling_found_more_or_less_likely(world, ro
     policy_loss.backward()
     wanted = gradients(backbone)
     drawn_from_another = rollout._replace(log_prob=rollout.log_prob - gap)
-    facts = learn(config, backbone, drawn_from_another, returns)
+    anchor = ask_anchor(config, backbone, rollout)
+    facts = next(learn(config, backbone, drawn_from_another, returns, anchor, config.beta))
     assert facts["loss"] == pytest.approx(policy_loss.item(), rel=1e-5)
     kept = gap.abs()[rollout.completion_mask]
     assert facts["mean_abs_dlogp"] == pytest.approx(kept.mean().item(), rel=1e-5)
@@ -191,7 +194,7 @@ def test_sampled_kl_is_the_log_ratio_and_its_mean_the_exact_kl(world):
         backbone, "policy", [[1, 7, 9]] * 3000, max_new_tokens=1, temperature=0.9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    kl = sampled_kl(config, backbone, rollout)[:, 0]
+    kl = estimate_kl(config, backbone, rollout, ask_anchor(config, backbone, rollout))[:, 0]
     ids, mask, head = torch.tensor([[1, 7, 9]]), torch.ones(1, 3).long(), backbone.head()
     with torch.no_grad():
         ours, anchor = (
@@ -214,7 +217,8 @@ def test_the_return_follows_the_convention(world):
         ({"beta": 0.25, "kl_convention": "trl"}, 1.0 - 0.25 * lengths),
         ({"beta": 0.25, "kl_in": "loss"}, 0.75 + 0.0 * lengths),
     ):
-        returns = reward_returns(make_config(world, **changes), scores, kl, rollout)
+        config = make_config(world, **changes)
+        returns = reward_returns(config, scores, kl, rollout, config.beta)
         torch.testing.assert_close(returns[:, 0], wanted)
 
 
@@ -249,10 +253,11 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
         "score_s", "learn_s", "step_s", "max_abs_dlogp", "mean_abs_dlogp", "peak_memory_bytes",
-        "policy_grad_norm", "value_grad_norm",
+        "policy_grad_norm", "value_grad_norm", "role_bytes",
     }  # fmt: skip
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
+    assert row["role_bytes"].keys() == {"policy", "value", "reference"}
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
     ids = torch.tensor([[1, 7, 9, 30]])
     with torch.no_grad():
@@ -352,7 +357,7 @@ def test_bad_input_is_refused_before_anything_is_written(world):
     refused(world, "at most 10 fit", max_new_tokens=54, data=long_prompts(world))
     refused(world, "does not exist", data=str(world / "absent.jsonl"))
     refused(world, "has no function other", reward_function=f"{world / 'reward.py'}:other")
-    refused(world, "share.*--kl-in reward", kl_in="loss", tuning="full")
+    refused(world, "exact wants one head", kl_in="loss", tuning="full")
     refused(world, "exactly one of", reward_model=str(world))
     other = Backbone.load(model=tiny_model(seed=9), tokenizer=tiny_tokenizer())
     other.add_role("reward", scalar=True)
