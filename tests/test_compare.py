@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from _commands import read_jsonl, refused, run, save_reward, scores_of, write_jsonl
+from _commands import read_jsonl, refused, run, save_reward, write_jsonl
 from _tiny import perturb, save_tiny
 
 import perl_kernels as pk
-from perl import cafe, cli, compare, judge
+from perl import cafe, cli, compare, judge, policies
 from perl.backbone import Backbone
-from perl.data import answer_ids, prompt_ids
+from perl.config import CompareConfig, EvaluateConfig
+from perl.data import read_rows
 
 PROMPTS = ["a large tea and", "one latte please", "two", "Anything else?", "scones", "a tea"]
 TEMPLATE = "{prompt}: {first} or {second}?"
@@ -61,22 +63,34 @@ def compared(capsys, *argv: object) -> tuple[dict, list[dict]]:
 
 
 def test_a_reward_model_judges_by_its_scores(files, tmp_path, capsys):
+    out = tmp_path / "a" / "o.jsonl"
     figures, rows = compared(
         capsys,
-        *words(files, files / "run1", files / "full", tmp_path / "a" / "o.jsonl"),
+        *words(files, files / "run1", files / "full", out),
         *("--reward-model", files / "reward", "--tie-margin", 0.05),
     )
     assert [row["prompt"] for row in rows] == PROMPTS
-    for side in ("first", "second"):
-        texts = [(row["prompt"], row[side]["completion"]) for row in rows if row[side]["ended"]]
-        wanted = scores_of(files / "base", files / "reward", texts)
-        found = [row[side]["reward"] for row in rows if row[side]["ended"]]
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        mean = statistics.fmean(row[side]["reward"] for row in rows)
-        assert figures[side]["reward"] == pytest.approx(mean)
-        lengths = [row[side]["tokens"] for row in rows]
-        assert figures[side]["length"] == pytest.approx(statistics.fmean(lengths))
-        assert all(1 <= n <= 6 for n in lengths)
+    names = [str(files / "run1"), str(files / "full")]
+    config = CompareConfig(
+        first=names[0], second=names[1], model=str(files / "base"), out=str(out),
+        data=str(files / "prompts.jsonl"), judge_function="f.py:f", max_new_tokens=6, batch_size=1,
+    )  # fmt: skip
+    backbone = Backbone.load(files / "base")
+    backbone.load_role("reward", files / "reward" / "reward")
+    prompts = policies.encode(config, backbone, read_rows(config.data))
+    opened = policies.open_policies(config, backbone, names, prompts)
+    for side, policy in zip(("first", "second"), opened, strict=True):
+        answers = policies.answers_of(config, backbone, policy, prompts)
+        given = [row[side] for row in rows]
+        assert [answer.text for answer in answers] == [row["completion"] for row in given]
+        with torch.no_grad():  # the definition: each answer in a pass of its own
+            for prompt, answer, row in zip(prompts, answers, given, strict=True):
+                ids = torch.tensor([prompt + answer.ids])
+                wanted = backbone.score("reward", ids, torch.ones_like(ids)).item()
+                assert row["reward"] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+                assert (row["tokens"], row["ended"]) == (len(answer.ids), answer.ids[-1] == 2)
+        for key, name in {"reward": "reward", "tokens": "length", "ended": "ended"}.items():
+            assert figures[side][name] == pytest.approx(statistics.fmean(row[key] for row in given))
     for row in rows:
         gap = row["first"]["reward"] - row["second"]["reward"]
         assert row["preference"] == pytest.approx([gap, gap], abs=1e-6)
@@ -86,37 +100,34 @@ def test_a_reward_model_judges_by_its_scores(files, tmp_path, capsys):
     assert figures["wins"] == verdicts.count("first") and figures["split"] == 0
     assert figures["losses"] == verdicts.count("second")
     assert figures["win_rate"] == (figures["wins"] + figures["ties"] / 2) / 6
-    assert figures["first"]["policy"] == str(files / "run1")
+    assert figures["first"]["policy"] == names[0]
     assert not list((tmp_path / "a").glob("*.part"))
 
 
-def test_kl_is_the_log_ratio_of_both_models_at_the_sampling_temperature(files, tmp_path, capsys):
-    _, rows = compared(
-        capsys,
-        *words(files, files / "run2", files / "full", tmp_path / "o.jsonl", "--temperature", 0.7),
-        *("--judge-function", f"{files / 'judges.py'}:length", "--model", files / "base"),
-    )
-    models = {"first": files / "run2" / "policy", "second": files / "full"}
-    checked = 0
-    for side, folder in models.items():
-        policy, base = Backbone.load(folder), Backbone.load(files / "base")
-        for row in rows:
-            if not row[side]["ended"]:
-                continue  # its text may be fewer tokens than it was sampled as
-            prompt = prompt_ids(row["prompt"], base.tokenizer)
-            answer = answer_ids(row["prompt"], row[side]["completion"], base.tokenizer)
-            if len(answer) != row[side]["tokens"]:
-                continue
-            ratio = log_prob(policy, prompt, answer, 0.7) - log_prob(base, prompt, answer, 0.7)
-            assert row[side]["kl"] == pytest.approx(ratio, abs=2e-4)
-            checked += 1
-    assert checked > 0
-    figures, _ = compared(
-        capsys,
-        *words(files, "base", files / "run2", tmp_path / "g.jsonl", "--temperature", 0),
-        *("--judge-function", f"{files / 'judges.py'}:length"),
-    )
-    assert "kl" not in figures["first"] and "kl" not in figures["second"]  # greedy is no draw
+def test_kl_is_the_log_ratio_of_both_models_at_the_sampling_temperature(files):
+    names = [str(files / "run2"), str(files / "full"), "base"]
+    config = EvaluateConfig(
+        policy=names, model=str(files / "base"), data=str(files / "prompts.jsonl"),
+        max_new_tokens=6, batch_size=4, temperature=0.7,
+    )  # fmt: skip
+    base = Backbone.load(files / "base")
+    prompts = policies.encode(config, base, read_rows(config.data))
+    opened = policies.open_policies(config, base, names, prompts)
+    alone = [Backbone.load(files / "run2"), Backbone.load(files / "full")]
+    plain = Backbone.load(files / "base")
+    for policy, own in zip(opened, alone, strict=False):
+        answers = policies.answers_of(config, base, policy, prompts)
+        kl = policies.kl_to_base(config, base, policy, prompts, answers)
+        for prompt, answer, found in zip(prompts, answers, kl, strict=True):
+            ratio = log_prob(own, prompt, answer.ids, 0.7) - log_prob(
+                plain, prompt, answer.ids, 0.7
+            )
+            assert found == pytest.approx(ratio, abs=2e-4) and abs(ratio) > 1e-2
+    answers = policies.answers_of(config, base, opened[2], prompts)
+    assert policies.kl_to_base(config, base, opened[2], prompts, answers) is None  # 0 by definition
+    greedy = dataclasses.replace(config, temperature=0.0)
+    answers = policies.answers_of(greedy, base, opened[0], prompts)
+    assert policies.kl_to_base(greedy, base, opened[0], prompts, answers) is None  # no draws
 
 
 def log_prob(backbone: Backbone, prompt: list[int], answer: list[int], temperature: float) -> float:
