@@ -92,12 +92,12 @@ def _score_rows(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]
 
 
 def _score_text(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]:
-    backbone = open_backbone(config)
-    examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
-    _say_notes(config, examples)
     names = config.policy or [policies.BASE]
     if len(names) > 1 or Path(names[0]).is_file():
         raise UsageError(f"{config.data} holds {kind} rows, which want one --policy, a model's")
+    backbone = open_backbone(config)
+    examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
+    _say_notes(config, examples)
     (policy,) = policies.open_policies(config, backbone, names, Encoded())
     return language_figures(backbone, policy.role, examples, config.batch_size)
 
