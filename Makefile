@@ -1,6 +1,8 @@
 # make demo    set up, then the whole path on the embedded world (a few minutes on two cores)
 # make test    set up, then the tests; make test-slow the slow ones
 # make bench   benchmarks on this machine's CPU, JSON under benchmarks/results/
+# make bench-check   today's ratios beside the committed ones of this kind of machine
+# make report  figures, tables and benchmarks/results/report.html from the committed JSON
 # make gpu     on a GPU machine with torch, triton and nvcc: build in place, test, benchmark
 # make lint    ruff
 # make asan    the compiled CPU kernels under AddressSanitizer, scratch memory full of NaN
@@ -11,7 +13,7 @@ BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
 MINUTES ?= 9
 
-.PHONY: setup demo test test-slow bench gpu lint asan clean
+.PHONY: setup demo test test-slow bench bench-check report gpu lint asan clean
 
 setup: $(VENV)/ready
 
@@ -35,7 +37,13 @@ test-slow: setup
 	$(RUN) -m pytest -m slow
 
 bench: setup
-	$(RUN) -m pytest benchmarks
+	$(RUN) -m perl bench
+
+bench-check: setup
+	$(RUN) -m benchmarks.check
+
+report: setup
+	$(RUN) -m benchmarks.report --write
 
 # Nothing can be downloaded on some GPU machines: this uses the python3 that has torch already.
 gpu:

@@ -39,6 +39,12 @@ from perl.memory import PeakMemory
 OURS = "ours"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# What --against chooses from, by how the names of its contestants begin; "compile": all that
+# torch.compile has compiled. Ours, full tuning, plain torch and the limits are always there.
+PEERS = {
+    "peft": "peft", "trl": "trl", "liger": "liger_kernel", "unsloth": "unsloth",
+    "cce": "cut_cross_entropy", "compile": "",
+}  # fmt: skip
 Run = Callable[[], Sequence[Tensor]]
 # stopwatch(target, before_each_round, rounds) -> seconds of each call of target
 Stopwatch = Callable[[Callable, Callable, int], list[float]]
@@ -56,10 +62,18 @@ class Case:
     dropout_p: float = 0.0
     graphed: bool = False  # replayed from a CUDA graph, where launches would be most of the time
     weighed: bool = True  # its memory is measured too
+    against: tuple[str, ...] = tuple(PEERS)  # a choice of them
 
     def __str__(self) -> str:
         shape = " ".join(f"{letter}{size}" for letter, size in self.shape.items())
         return f"{self.check}, {self.dtype}, {shape}"
+
+    def meets(self, contestant: str) -> bool:
+        """Whether it is one of the peers that were chosen, or always there."""
+        if "compiled" in contestant:
+            return "compile" in self.against
+        chosen = {start: name in self.against for name, start in PEERS.items() if start}
+        return all(taken for start, taken in chosen.items() if contestant.startswith(start))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -120,7 +134,8 @@ def measure(
     """
     contest = contest_of(case)
     found = verify(contest.compare(), case)
-    run, missing = contest.run, dict(contest.missing)
+    run = {name: one for name, one in contest.run.items() if case.meets(name)}
+    missing = {name: why for name, why in contest.missing.items() if case.meets(name)}
     if case.device != "cpu":
         run = _that_run(run, missing)
         if case.graphed:
@@ -281,6 +296,32 @@ def summarise(times: dict[str, list[float]]) -> tuple[float, float, dict[str, di
     return median, (high - low) / median, contestants
 
 
+def ceilings(device: str, tiny: bool = False) -> list[tuple[str, str, float]]:
+    """(name, unit, value): this device's rates at a large copy and at torch's matrix products."""
+    on_cpu = device == "cpu"
+    copied, n = (2**20, 256) if tiny else (2**28, 2048) if on_cpu else (2**32, 8192)
+    dtypes = ["fp32"] if on_cpu else []
+    if not on_cpu or multiplies_bf16(instruction_sets()):
+        dtypes.append("bf16")
+
+    def median(one: Run) -> float:
+        run = {OURS: one}
+        times = time_on_cpu(run, 0.01) if on_cpu else time_on_gpu(run, 0.5, device)
+        return statistics.median(times[OURS])
+
+    def copy() -> float:
+        source = torch.ones(copied, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        return 2 * copied / median(lambda: (target.copy_(source),))
+
+    def product(dtype: str) -> float:
+        square = torch.randn(n, n, device=device).to(DTYPES[dtype])
+        return 2 * n**3 / median(lambda: (square @ square,))
+
+    products = [(f"{dtype} product of {n}²", "FLOP/s", product(dtype)) for dtype in dtypes]
+    return [("copy", "B/s", copy()), *products]
+
+
 def _that_run(run: dict[str, Run], missing: dict[str, str]) -> dict[str, Run]:
     """The contestants that run on this GPU; the others are missing, with the reason."""
     fitting = {}
@@ -425,6 +466,7 @@ def gpu_peer(case: Case, module: str, name: str, missing: dict[str, str]) -> Any
     """`name` of a peer's module that runs on a GPU alone; None, and `missing` says why, without."""
     package = module.split(".")[0]
     if case.device == "cpu":
+        missing[package] = "runs on a GPU alone"
         return None
     if find_spec(package) is None:
         missing[package] = "not importable"

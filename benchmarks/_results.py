@@ -195,11 +195,22 @@ def slug(machine: dict[str, Any]) -> str:
     if "gpu" in machine:
         words = machine["gpu"]["name"]
     else:
-        present = machine["instruction_sets"]
-        widest = next((s for s in ("amx_bf16", "avx512f", "avx2") if s in present), "")
-        words = f"{machine['cpu']} {widest} {machine['cores']}cores"
+        words = f"{machine['cpu']} {_widest(machine)} {machine['cores']}cores"
     words = re.sub(r"\(.*?\)|\bCPU\b|\bProcessor\b|@.*?GHz", " ", words)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def _widest(machine: dict[str, Any]) -> str:
+    present = machine["instruction_sets"]
+    return next((s for s in ("amx_bf16", "avx512f", "avx2") if s in present), "")
+
+
+def kind_of(machine: dict[str, Any]) -> str:
+    """The same for a reader; machines of one slug have one kind."""
+    if "gpu" in machine:
+        return machine["gpu"]["name"]
+    maker = next((m for m in ("AMD", "Intel") if m in machine["cpu"]), machine["cpu"])
+    return f"{maker}, {_widest(machine).replace('avx512f', 'avx512')}, {machine['cores']} cores"
 
 
 def command() -> str:

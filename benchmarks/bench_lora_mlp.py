@@ -6,6 +6,7 @@ frozen        three F.linear and the activation, with dx in backward: a block th
 plain         the definition in plain torch, autograd's backward
 lora_linear   the same from pk.lora_linear and plain torch between
 peft          three layers that PEFT makes, adapters in the type of the base (its fastest form)
+unsloth       Unsloth's autograd function of a gated block, which has no dropout; on a GPU
 full          the same block trained in full: dW too
 """
 
@@ -25,6 +26,7 @@ from benchmarks._measure import (
     Case,
     Compared,
     Contest,
+    gpu_peer,
     measure,
     normal,
     shapes_for,
@@ -150,6 +152,15 @@ def contest(case: Case) -> Contest:
         run["peft"] = call(lambda: of(layers), leaves)
         parameters += theirs
         kept["peft"] = lambda: of(layers)
+    if not p:
+        unsloth = gpu_peer(case, "unsloth.kernels.fast_lora", "LoRA_MLP", missing)
+        forth = gpu_peer(case, "unsloth.kernels.swiglu", "swiglu_fg_kernel", missing)
+        back = gpu_peer(case, "unsloth.kernels.swiglu", "swiglu_DWf_DW_dfg_kernel", missing)
+        if unsloth and forth and back:
+            flat = [t for b in blocks for t in (b.weight, None, b.a, b.b, SCALE)]
+            run["unsloth"] = call(
+                lambda: unsloth.apply(x[None], *flat, forth, back, False)[0], adapters
+            )
     if trains:
         run["full"] = call(full, [x, *trained])
 

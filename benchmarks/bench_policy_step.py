@@ -1,11 +1,11 @@
 """One step of REINFORCE: sampling, scoring, anchor and learning, with LoRA and with full tuning.
 
-    ours         perl.train_policy, unchanged: policy, value and reward are adapters of one
-                 backbone, and the anchor is that backbone without any
-    full         the same with `--tuning full`: four models, two of them trained
-    full, eager  four models of transformers, in plain torch: generate over a static cache, logits
-    trl          TRL's RLOOTrainer with PEFT: one backbone for policy and anchor, a reward model of
-                 its own, no value model; two answers to each prompt, so half as many prompts
+    ours    perl.train_policy, unchanged: policy, value and reward are adapters of one
+            backbone, and the anchor is that backbone without any
+    full    the same with `--tuning full`: four models, two of them trained
+    eager   four models of transformers, in plain torch: generate over a static cache, logits
+    trl     TRL's RLOOTrainer with PEFT: one backbone for policy and anchor, a reward model of
+            its own, no value model; two answers to each prompt, so half as many prompts
 
 A step is B answers of T tokens to prompts of P tokens, the reward model's scores, the anchor's
 log-probabilities, and one update of AdamW of the policy and, but for trl, of the value model. No
@@ -47,6 +47,7 @@ from perl.backbone import Backbone
 from perl.cafe import build_tokenizer
 from perl.config import ReinforceConfig
 from perl.memory import PeakMemory
+from perl.policy_step import ask_anchor, learn
 from perl.rollout import Rollout
 from perl.run import Run
 from perl.train_policy import Clock
@@ -54,7 +55,7 @@ from perl.training import lora_config
 
 ROOM, STEP = "policy_step", "step"
 PEERS = ("peft", "trl.trainer.rloo_trainer")
-FULL, EAGER, TRL = "full", "full, eager", "trl"
+FULL, EAGER, TRL = "full", "eager", "trl"
 SHAPES = {
     # 81 million parameters; at the smaller ones overheads weigh more
     "full": {"B": 16, "P": 64, "T": 64, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
@@ -94,9 +95,9 @@ def measure_step(case: Case, seconds: float, stopwatch: Stopwatch | None = None)
     """
     names, missing = [OURS, FULL, EAGER], {}
     absent = [package for package in ("trl", "peft") if find_spec(package) is None]
-    if absent:
+    if absent and case.meets(TRL):
         missing[TRL] = f"{absent[0]} is not installed"
-    else:
+    elif case.meets(TRL):
         names.append(TRL)
 
     def errors_of(told: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def config_of(folder: Path, tuning: str, case: Case) -> ReinforceConfig:
         dtype=str(case.torch_dtype).removeprefix("torch."), device=case.device,
         prompts_per_step=s["B"], micro_batch_size=s["B"] // MICRO_BATCHES,
         max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
-        steps=NEVER, checkpoint_every=NEVER, samples_every=NEVER,
+        steps=NEVER, checkpoint_every=NEVER, samples_every=NEVER, reward_drop=0.0,
     )  # fmt: skip
 
 
@@ -196,11 +197,15 @@ def phases(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def train_eagerly(folder: Path, case: Case, turns: Turns) -> None:
+    import transformers
     from transformers import (
+        AutoTokenizer,
         LlamaForCausalLM,
         LlamaForSequenceClassification,
         LlamaForTokenClassification,
     )
+
+    transformers.utils.logging.set_verbosity_error()  # the value model's head is new
 
     def load(kind: Any, name: str, **options: Any) -> Any:
         return kind.from_pretrained(folder / name, dtype=case.torch_dtype, **options).to(
@@ -212,7 +217,9 @@ def train_eagerly(folder: Path, case: Case, turns: Turns) -> None:
     reward = load(LlamaForSequenceClassification, "reward-full")
     trained = [list(model.parameters()) for model in (policy, value)]
     optimizers = [torch.optim.AdamW(p, lr=LR["full"], weight_decay=0, fused=True) for p in trained]
-    prompts = prompt_ids(folder, case)
+    texts = [row["prompt"] for row in read_prompts(folder)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompts = tokenizer(texts, return_tensors="pt")["input_ids"].to(case.device)
     count = prompts.shape[1]
 
     def log_prob(model: Any, sequences: Tensor) -> Tensor:  # (B, T)
@@ -273,7 +280,6 @@ def train_by_trl(folder: Path, case: Case, turns: Turns) -> None:
             (LlamaForSequenceClassification, "reward-full"),
         )
     )
-    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 
     class InTurns(TrainerCallback):
@@ -314,7 +320,7 @@ def train_by_trl(folder: Path, case: Case, turns: Turns) -> None:
         policy,
         scores,
         arguments,
-        train_dataset=Dataset.from_list(prompts),
+        train_dataset=Dataset.from_list(read_prompts(folder)),
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[InTurns()],
@@ -324,13 +330,8 @@ def train_by_trl(folder: Path, case: Case, turns: Turns) -> None:
         trainer.train()
 
 
-def prompt_ids(folder: Path, case: Case) -> Tensor:  # (B, P)
-    from transformers import AutoTokenizer
-
-    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    ids = tokenizer([row["prompt"] for row in rows], return_tensors="pt")["input_ids"]
-    return ids.to(case.device)
+def read_prompts(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -353,6 +354,7 @@ def gradient_errors(folder: Path, case: Case) -> tuple[float, float]:
         completion_ids=sequences[:, before:],
         completion_mask=torch.ones_like(sequences[:, before:], dtype=torch.bool),
         log_prob=torch.zeros(rows, after, device=case.device),
+        ended=torch.zeros(rows, dtype=torch.bool, device=case.device),
     )
 
     def gradients(dtype: torch.dtype) -> Tensor:
@@ -364,7 +366,9 @@ def gradient_errors(folder: Path, case: Case) -> tuple[float, float]:
             backbone.add_role(role, scalar=role == "value")
             fill(parameter for _, parameter in backbone.trainable(role))
         backbone.model.to(dtype)
-        train_policy.learn(config, backbone, rollout, returns.to(dtype))
+        anchor = ask_anchor(config, backbone, rollout)
+        for _ in learn(config, backbone, rollout, returns.to(dtype), anchor, config.beta):
+            pass
         trained = [*backbone.trainable("policy"), *backbone.trainable("value")]
         return torch.cat([parameter.grad.flatten().double() for _, parameter in trained])
 

@@ -84,6 +84,8 @@ def cases(preset: str) -> list[Case]:
 def test_reward_step(case, record):
     if case.check != STEP:
         pytest.importorskip("trl")
+        if not case.meets("trl"):
+            pytest.skip("trl is not in --against")
     record(measure_step, case)
 
 
@@ -97,10 +99,10 @@ def measure_step(
     Raises:
         AssertionError: gradients of ours are further from float64 than PEFT's by more than half.
     """
-    names, missing = list(CONTESTANTS[case.check]), {}
+    names, missing = [name for name in CONTESTANTS[case.check] if case.meets(name)], {}
     if case.device != "cpu":
         names = [name for name in names if not name.endswith(POOL)]
-    if find_spec("peft") is None:
+    if "peft" in names and find_spec("peft") is None:
         names.remove("peft")
         missing["peft"] = "peft is not installed"
 
@@ -120,7 +122,7 @@ def serve(turns: Turns, name: str, case: Case) -> None:
     if name.endswith(POOL) or (name, case.check, case.device) == (OURS, STEP, "cpu"):
         pk.use_cpu_pool()
     model = build(name.removesuffix(POOL), case)
-    compared = name in (OURS, CONTESTANTS[case.check][-1]) or not find_spec("peft")
+    compared = name in (OURS, "peft", "trl") or not (find_spec("peft") and case.meets("peft"))
     turns.ready(gradient_error(model, case) if compared else 0)
     counts = {
         "parameters": sum(p.numel() for n, p in model.named_parameters() if not _is_new(n)),

@@ -4,6 +4,8 @@ ours    pk.rms_norm, the weight frozen
 copy    one read and one write of x
 eager   the definition in plain torch, as transformers' modules have it
 torch   F.rms_norm
+liger_kernel  Liger's, which makes the weight's gradient too; on a GPU
+unsloth       Unsloth's, which writes dx over dy; on a GPU
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from benchmarks._measure import (
     Case,
     Compared,
     Contest,
+    gpu_peer,
     measure,
     normal,
     with_gradients,
@@ -59,10 +62,18 @@ def contest(case: Case) -> Contest:
         "eager": lambda: reference.rms_norm(x, weight),
         "torch": lambda: F.rms_norm(x, (d,), weight, 1e-6),
     }
+    missing: dict[str, str] = {}
+    liger = gpu_peer(case, "liger_kernel.transformers.functional", "liger_rms_norm", missing)
+    if liger:
+        functions["liger_kernel"] = lambda: liger(x, weight, 1e-6, 0.0, "llama", False)
+    unsloth = gpu_peer(case, "unsloth.kernels.rms_layernorm", "Fast_RMS_Layernorm", missing)
+    if unsloth:
+        functions["unsloth"] = lambda: unsloth.apply(x, weight, 1e-6, False)
     if case.check == FORWARD:
         run = {name: without_gradients(f) for name, f in functions.items()}
     else:
-        run = {name: with_gradients(f, [x], [dy]) for name, f in functions.items()}
+        own = dict.fromkeys(functions, dy) | {"unsloth": dy.clone()}
+        run = {name: with_gradients(f, [x], [own[name]]) for name, f in functions.items()}
     run["copy"] = without_gradients(lambda: other.copy_(x))
 
     def compare() -> list[Compared]:
@@ -83,4 +94,4 @@ def contest(case: Case) -> Contest:
 
     one = x.numel() * x.element_size()
     passes = {FORWARD: 2, TRAIN: 5}[case.check]  # x and y; then x and dy in, dx out
-    return Contest(run, compare, bytes=passes * one, copied_bytes=2 * one)
+    return Contest(run, compare, bytes=passes * one, copied_bytes=2 * one, missing=missing)

@@ -7,25 +7,32 @@ to benchmarks/results/ as they come, and into pytest-benchmark's own JSON (--ben
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import _results, report
-from benchmarks._measure import plain_stopwatch
+from benchmarks import ALSO, PRESETS, _limits, _results, peers_of, report
+from benchmarks._measure import ceilings, plain_stopwatch
+from perl.config import BENCH_PEERS
 
-PRESETS = {"quick": 0.7, "full": 5.0, "tiny": 0.01}  # seconds of timing per case
 OPEN = pytest.StashKey[dict]()
+CEILINGS = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of this library")
     group.addoption(
-        "--preset", choices=sorted(PRESETS), default="quick",
-        help="quick: smaller shapes, a few minutes; full: the shapes that the bars are set for; "
-        "tiny: seconds, to try the harness (default: %(default)s)",
+        "--preset", choices=PRESETS, default="quick", type=lambda name: ALSO.get(name, name),
+        help="quick or cpu-small: smaller shapes, a few minutes; full or cpu: the shapes that the "
+        "bars are set for; tiny: seconds, to try the harness (default: %(default)s)",
+    )  # fmt: skip
+    group.addoption(
+        "--against", type=peers_of, default=BENCH_PEERS, metavar="NAME,NAME",
+        help=f"peers to compare with, of {','.join(BENCH_PEERS)} (default: all); ours, full "
+        "tuning, plain torch and the machine's limits are always there",
     )  # fmt: skip
     group.addoption(
         "--results", type=Path, default=_results.FOLDER, metavar="FOLDER",
@@ -45,14 +52,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        found = metafunc.module.cases(metafunc.config.option.preset)
-        metafunc.parametrize("case", found, ids=str)
+        options = metafunc.config.option
+        found = metafunc.module.cases(options.preset)
+        against = [replace(case, against=options.against) for case in found]
+        metafunc.parametrize("case", against, ids=str)
 
 
 @pytest.fixture
 def record(benchmark: Any, case: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """record(function, *arguments): keep the Row that function(*arguments, ...) returns."""
-    options, opened = request.config.option, request.config.stash[OPEN]
+    options, stash = request.config.option, request.config.stash
+    opened = stash[OPEN]
 
     def pedantic(target: Callable, before_each_round: Callable, rounds: int) -> list[float]:
         benchmark.pedantic(target, setup=before_each_round, rounds=rounds)
@@ -68,8 +78,16 @@ def record(benchmark: Any, case: Any, request: pytest.FixtureRequest) -> Callabl
         if row.room not in opened:
             name = row.room if options.preset == "full" else f"{row.room}-{options.preset}"
             opened[row.room] = _results.Results.begin(name, options.preset)
+            if CEILINGS not in stash:
+                stash[CEILINGS] = ceilings("cpu", tiny=options.preset == "tiny")
+            opened[row.room].machine["ceilings"] = stash[CEILINGS]
         opened[row.room].add(row, [options.results])
-        benchmark.extra_info.update({name: getattr(row, name) for name in _results.ROW_FIELDS})
+        benchmark.extra_info.update(
+            {name: getattr(row, name) for name in _results.ROW_FIELDS},
+            flops=_limits.flops(row),
+            bytes=_limits.least_bytes(row),
+            share_of_limit=_limits.share_of_limit(row, stash[CEILINGS]),
+        )
 
     return record
 

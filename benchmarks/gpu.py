@@ -23,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import ROOT
+from benchmarks import ROOT, peers_of
+from perl.config import BENCH_PEERS
 
 if TYPE_CHECKING:
     from benchmarks._measure import Case
@@ -64,10 +66,11 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
     ("linear_log_prob", "forward + backward, compiled", {}),
     ("log_prob", "forward + backward, compiled", {}),
 ]
+ROOMS = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
 # seconds, by room: with less, no case
 LEFT = {"reward_step": 100.0, "policy_step": 200.0, "rollout": 150.0, "study": 60.0, "": 15.0}
-STUDY = 0.3  # of the time that the benchmarks may take is kept for the study
+STUDY = 0.4  # of the time that the benchmarks may take is kept for the studies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; builds nothing")
     parser.add_argument("--skip-build", action="store_true", help="use what is built")
     parser.add_argument("--skip-tests", action="store_true", help="go to the benchmarks at once")
-    parser.add_argument("--skip-study", action="store_true", help="of reward models, 1.1 B weights")
+    parser.add_argument("--skip-study", action="store_true", help="of models with 1.1 B weights")
+    parser.add_argument(
+        "--rooms", nargs="+", choices=ROOMS, default=ROOMS, metavar="ROOM",
+        help="bench_ROOM.py alone (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", type=peers_of, default=BENCH_PEERS, metavar="NAME,NAME",
+        help="peers to compare with (default: all)",
+    )  # fmt: skip
     parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
@@ -100,9 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed |= not run("tests", command, folders, 0.45 * (deadline - time.monotonic()))
     preset = "tiny" if options.dry_run else "h200"
     reserved = 0 if options.skip_study else STUDY * (deadline - time.monotonic())
-    results = benchmark(preset, deadline - reserved, folders)
-    if not options.skip_study and deadline - time.monotonic() > LEFT["study"]:
-        failed |= not study(preset, folders, deadline - time.monotonic())
+    found = cases(preset, options.rooms, options.against)
+    results = benchmark(preset, found, deadline - reserved, folders)
+    for share, task in () if options.skip_study else ((0.5, "reward"), (1.0, "policy")):
+        if share * (left := deadline - time.monotonic()) > LEFT["study"]:
+            failed |= not study(task, preset, folders, share * left)
     return int(failed or bool(results.failures))
 
 
@@ -132,20 +145,21 @@ def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> 
     return code == 0
 
 
-def study(preset: str, folders: list[Path], seconds: float) -> bool:
-    """`perl study reward`: LoRA ranks beside full tuning; its tables go beside the results.
+def study(task: str, preset: str, folders: list[Path], seconds: float) -> bool:
+    """`perl study`: LoRA ranks beside full tuning; its tables go beside the results.
 
     False where it failed. Out of time, what it has done is kept.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "study"
-        command = [sys.executable, "-m", "perl", "study", "reward", "--preset", preset]
-        good = run("study", [*command, "--out", str(out)], folders, seconds)
+        command = [sys.executable, "-m", "perl", "study", task, "--preset", preset]
+        good = run(f"study-{task}", [*command, "--out", str(out)], folders, seconds)
         for path in filter(Path.is_file, map(out.joinpath, STUDY_FILES)):
             for folder in folders:
-                (folder / f"study-{preset}").mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, folder / f"study-{preset}")
+                kept = folder / f"study-{task}-{preset}"
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, kept)
     return good or time.monotonic() - start > seconds
 
 
@@ -157,21 +171,22 @@ STUDY_FILES = ("study.json", "table.md", "figure.svg")
 # ------------------------------------------------------------------------------------------------
 
 
-def benchmark(preset: str, deadline: float, folders: list[Path]) -> Results:
+def benchmark(preset: str, found: list[Case], deadline: float, folders: list[Path]) -> Results:
     import torch
 
     from benchmarks import report
+    from benchmarks._measure import ceilings
     from benchmarks._results import Results, clocks
 
     device = "cpu" if preset == "tiny" else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: torch sees no GPU here; try --dry-run")
     results = Results.begin("gpu" if device == "cuda" else "gpu-dry-run", preset, device)
-    results.machine["ceilings"] = ceilings(device)
+    results.machine["ceilings"] = ceilings(device, tiny=preset == "tiny")
     results.write(folders)
     print("\n" + "\n".join(report.setting(results)), flush=True)
     try:
-        for case in in_order(cases(preset)):
+        for case in in_order(found):
             left = deadline - time.monotonic()
             if left < LEFT.get(case.room, LEFT[""]):
                 results.left_out.append(f"{case.room} {case}")
@@ -236,9 +251,11 @@ def module_of(room: str) -> Any:
     return import_module(f"benchmarks.bench_{room}")
 
 
-def cases(preset: str) -> list[Case]:
-    rooms = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
-    return [case for room in rooms for case in module_of(room.removeprefix("bench_")).cases(preset)]
+def cases(
+    preset: str, rooms: Sequence[str] = ROOMS, against: tuple[str, ...] = BENCH_PEERS
+) -> list[Case]:
+    found = (case for room in rooms for case in module_of(room).cases(preset))
+    return [replace(case, against=against) for case in found]
 
 
 def in_order(found: list[Case]) -> list[Case]:
@@ -251,27 +268,6 @@ def in_order(found: list[Case]) -> list[Case]:
         return len(ORDER)
 
     return sorted(found, key=rank)
-
-
-def ceilings(device: str) -> list[tuple[str, str, float]]:
-    """(name, unit, value): what this device reaches at a copy and at a library's matrix product."""
-    import torch
-
-    from benchmarks._measure import OURS, time_on_cpu, time_on_gpu
-
-    elements, n = (2**32, 8192) if device == "cuda" else (2**20, 256)
-    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)  # elements bytes
-    target = torch.empty_like(source)
-    left, right = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-
-    def best(one: Any) -> float:
-        run = {OURS: one}
-        times = time_on_gpu(run, 0.5, device) if device == "cuda" else time_on_cpu(run, 0.01)
-        return sorted(times[OURS])[len(times[OURS]) // 2]
-
-    copied = 2 * source.numel() * source.element_size() / best(lambda: (target.copy_(source),))
-    multiplied = 2 * n**3 / best(lambda: (left @ right,))
-    return [("copy", "B/s", copied), (f"bf16 product of {n}²", "FLOP/s", multiplied)]
 
 
 if __name__ == "__main__":

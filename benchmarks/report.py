@@ -1,12 +1,13 @@
-"""Tables from the JSON of benchmarks/results.
+"""Tables, figures and a page from the JSON of benchmarks/results.
 
     python -m benchmarks.report [NAME ...]          markdown of these results, or of all
-    python -m benchmarks.report --readme README.md  rewrite the blocks of a file
-    python -m benchmarks.report --figure FILE.svg   draw the ratios of these results, or of all
-    python -m benchmarks.report --check README.md   exit code 1 where a block and its JSON disagree
+    python -m benchmarks.report --write             figures, report.html, blocks of papers
+    python -m benchmarks.report --readme FILE       rewrite the blocks of a file
+    python -m benchmarks.report --check FILE        exit code 1 where a block and its JSON disagree
 
 A block is what stands between `<!-- results:NAME -->`, or `<!-- results:NAME bars -->` for the bars
-alone, and `<!-- /results -->`. NAME is a file of benchmarks/results without `.json`.
+alone, and `<!-- /results -->`. NAME is a file of benchmarks/results without `.json`, or one of
+`MADE`: targets-cpu, targets-gpu, table-1, growth, figures, files.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import ROOT, _targets, growth
 from benchmarks._bars import geomeans
-from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, multiplies_bf16
+from benchmarks._figures import phases_of, pictures
+from benchmarks._limits import Ceilings, share_of_limit
+from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, kind_of, multiplies_bf16
+from benchmarks._targets import Table
 
 BLOCK = re.compile(
     r"(?P<open><!-- results:(?P<name>[\w.-]+)(?P<bars> bars)? -->\n)(?P<body>.*?)"
     r"(?P<close><!-- /results -->)",
     re.DOTALL,
 )
-Table = list[list[str]]  # the first row is the header
+PAPERS = [ROOT / "README.md", FOLDER / "README.md"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,14 +66,14 @@ def rate(row: Row) -> str:
     return ""
 
 
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
 def phases(row: Row) -> str:
     """How the step of each contestant that tells it is split."""
-    found = []
-    for name in ("ours", *row.contestants):
-        keys = [phase if name == "ours" else f"{phase}, {name}" for phase in PHASES]
-        if all(key in row.measures for key in keys):
-            found.append(f"{name} {' + '.join(seconds(row.measures[key]) for key in keys)}")
-    return "; ".join(found)
+    found = phases_of(row).items()
+    return "; ".join(f"{name} {' + '.join(map(seconds, times))}" for name, times in found)
 
 
 def limit(bar: dict, value: float | None) -> str:
@@ -96,11 +101,11 @@ def errors_of(row: Row) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def rows_table(rows: Sequence[Row]) -> Table:
+def rows_table(rows: Sequence[Row], ceilings: Ceilings = ()) -> Table:
     """One line per case. `vs NAME` is the time of ours over theirs: below 1, ours is faster."""
     names = list(dict.fromkeys(n for row in rows for n in [*row.contestants, *row.missing]))
     heavy = ["ours", *dict.fromkeys(n for row in rows for n in row.memory if n != "ours")]
-    header = ["type", "shape", "ours", "spread", "rate", *(f"vs {name}" for name in names)]
+    header = ["type", "shape", "ours", "spread", "rate", "of limit", *(f"vs {n}" for n in names)]
     header += [" + ".join(phase.removesuffix("_s") for phase in PHASES)]
     header += [f"MiB: {', '.join(heavy)}", "error: ours, plain", "bar", "met"]
     table = [header]
@@ -116,6 +121,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
                 seconds(row.median_s),
                 f"{row.spread:.0%}",
                 rate(row),
+                percent(share_of_limit(row, ceilings)),
                 *ratios,
                 phases(row),
                 ", ".join(weights) if row.memory else "not measured",
@@ -197,8 +203,13 @@ def heading(results: Results) -> list[str]:
     return lines
 
 
+def ceilings_of(results: Sequence[Results]) -> Ceilings:
+    """Of the first that measured them; results of one kind of machine."""
+    return next((one.machine["ceilings"] for one in results if "ceilings" in one.machine), ())
+
+
 def setting(results: Results) -> list[str]:
-    """Of a run on a GPU: the measured ceilings, clocks and versions."""
+    """The measured ceilings, a GPU's clocks, and versions."""
     ceilings = [f"{n} {per_second(value, unit)}" for n, unit, value in results.machine["ceilings"]]
     lines = [f"Ceilings measured in this run: {', '.join(ceilings)}."]
     gpu = results.machine.get("gpu", {})
@@ -209,7 +220,9 @@ def setting(results: Results) -> list[str]:
     return [*lines, f"Versions: {', '.join(f'{n} {v}' for n, v in results.versions.items())}."]
 
 
-def tables(rows: Sequence[Row], brief: bool = False) -> list[tuple[str, Table]]:
+def tables(
+    rows: Sequence[Row], ceilings: Ceilings = (), brief: bool = False
+) -> list[tuple[str, Table]]:
     """One table per room and check, then the bars; each with its title.
 
     brief: of the bars at single shapes, which stand in the rows too, only what is not met.
@@ -218,7 +231,7 @@ def tables(rows: Sequence[Row], brief: bool = False) -> list[tuple[str, Table]]:
     for row in rows:
         groups.setdefault((row.room, row.check), []).append(row)
     found = [
-        (f"{room}: {check} (MiB: {group[0].memory_kind})", rows_table(group))
+        (f"{room}: {check} (MiB: {group[0].memory_kind})", rows_table(group, ceilings))
         for (room, check), group in groups.items()
     ]
     return [*found, *bars_of(rows, brief)]
@@ -238,80 +251,33 @@ def bars_of(rows: Sequence[Row], brief: bool = False) -> list[tuple[str, Table]]
 def as_text(results: Sequence[Results]) -> str:
     """For a terminal; results of one run."""
     rows = [row for one in results for row in one.rows]
-    blocks = [f"{title}\n{_aligned(table)}" for title, table in tables(rows, brief=True)]
+    found = tables(rows, ceilings_of(results), brief=True)
+    blocks = [f"{title}\n{_aligned(table)}" for title, table in found]
     lines = dict.fromkeys(line for one in results for line in heading(one))
     return "\n\n".join(["\n".join(lines), *blocks])
 
 
 def as_markdown(results: Results, bars_only: bool = False) -> str:
-    chosen = bars_of(results.rows) if bars_only else tables(results.rows)
+    chosen = bars_of(results.rows) if bars_only else tables(results.rows, ceilings_of([results]))
     blocks = [f"**{title}**\n\n{_piped(table)}" for title, table in chosen]
     return "\n\n".join([*heading(results), *blocks]) + "\n"
 
 
 def _aligned(table: Table) -> str:
-    used = _columns(table)
+    used = columns(table)
     widths = {i: max(len(line[i]) for line in table) for i in used}
     return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in table)
 
 
 def _piped(table: Table) -> str:
-    used = _columns(table)
+    used = columns(table)
     lines = ["| " + " | ".join(line[i] for i in used) + " |" for line in table]
     return "\n".join([lines[0], "|" + "---|" * len(used), *lines[1:]])
 
 
-def _columns(table: Table) -> list[int]:
+def columns(table: Table) -> list[int]:
     """The columns that say something."""
     return [i for i in range(len(table[0])) if any(line[i] for line in table[1:])]
-
-
-# ------------------------------------------------------------------------------------------------
-# The figure
-# ------------------------------------------------------------------------------------------------
-
-
-def draw(results: Sequence[Results], path: Path) -> None:
-    """One line per case, one mark per contestant: the time of ours over theirs, to an SVG.
-
-    float32 only where the machine has no fast bfloat16, as anything beats torch's fallback there.
-    Needs matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = []
-    for one in results:
-        slow = "gpu" not in one.machine and not multiplies_bf16(one.machine["instruction_sets"])
-        for row in one.rows:
-            if row.contestants and not (slow and row.dtype == "bf16"):
-                lines.append((f"{row.room}: {row.check}\n{row.dtype} {shape_of(row)}", row))
-    names = list(dict.fromkeys(n for _, row in lines for n in row.contestants))
-    with matplotlib.rc_context({"svg.hashsalt": "perl-kernels", "font.size": 8}):
-        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.36 * len(lines)), layout="constrained")
-        axes.axvline(1.0, color="grey", linewidth=1)
-        for i, name in enumerate(names):
-            found = [
-                (row.contestants[name]["ratio"], y)
-                for y, (_, row) in enumerate(lines)
-                if name in row.contestants
-            ]
-            marker = "os^Dvp*XP"[i % 9]
-            axes.plot(*zip(*found, strict=True), marker, markersize=5, label=name)
-        axes.set_yticks(range(len(lines)), [label for label, _ in lines])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        ticks = (0.1, 0.2, 0.5, 1, 2, 5)
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_xlabel("time of ours over theirs (left of 1: ours is faster)")
-        figure.suptitle(heading(results[0])[0].split(" · ")[0], fontsize=8)
-        figure.legend(loc="outside lower center", ncols=5)
-        figure.savefig(path, metadata={"Date": None}, transparent=False)
-        pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -320,20 +286,21 @@ def draw(results: Sequence[Results], path: Path) -> None:
 
 
 def rewritten(text: str, folder: Path = FOLDER) -> str:
-    """`text` with every block filled from its JSON.
+    """`text` with every block filled from the JSON of `folder`.
 
     Raises:
         ValueError: a block names results that are not there, or is not closed.
     """
 
     def fill(block: re.Match[str]) -> str:
-        path = folder / f"{block['name']}.json"
-        if not path.exists():
-            names = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
-            raise ValueError(
-                f"there are no results {block['name']!r} in {folder}; there are: {names}"
-            )
-        body = as_markdown(Results.load(path), bars_only=bool(block["bars"]))
+        name, path = block["name"], folder / f"{block['name']}.json"
+        if name in MADE:
+            body = MADE[name](every_result(folder))
+        elif path.exists():
+            body = as_markdown(Results.load(path), bars_only=bool(block["bars"]))
+        else:
+            names = ", ".join([*MADE, *sorted(p.stem for p in folder.glob("*.json"))])
+            raise ValueError(f"there are no results {name!r} in {folder}; there are: {names}")
         return f"{block['open']}\n{body}\n{block['close']}"
 
     opened = len(re.findall(r"<!-- results:", text))
@@ -345,37 +312,109 @@ def rewritten(text: str, folder: Path = FOLDER) -> str:
     return BLOCK.sub(fill, text)
 
 
+def every_result(folder: Path) -> list[Results]:
+    return [Results.load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _bars_everywhere(on: str) -> Callable[[Sequence[Results]], str]:
+    def made(results: Sequence[Results]) -> str:
+        table = _targets.targets(results, on)
+        told = [
+            f"- {machine}: {', '.join(f'{count} {verdict}' for verdict, count in found.items())}"
+            for machine, found in _targets.counts(table).items()
+        ]
+        return "\n".join([*told, "", _piped(table)]) + "\n"
+
+    return made
+
+
+def _papers_table(results: Sequence[Results]) -> str:
+    return _piped(_targets.papers_table(results)) + "\n"
+
+
+def _figures(results: Sequence[Results]) -> str:
+    shown = (f"![{p.title}]({p.name}.svg)\n\n{p.title}. {p.note}" for p in pictures(results))
+    return "\n\n".join(shown) + "\n"
+
+
+def _growth(results: Sequence[Results]) -> str:
+    found = [one for one in results if one.name == growth.NAME]
+    told = (f"{kind_of(one.machine)}\n\n{_piped(growth.table(one))}\n" for one in found)
+    return "\n".join(told) or "Not measured: `python -m benchmarks.growth`\n"
+
+
+def _files(results: Sequence[Results]) -> str:
+    return "\n".join(f"### {one.stem}\n\n{as_markdown(one)}" for one in results)
+
+
+# Blocks that are made of all results: every bar on every machine, the paper's table, ...
+MADE: dict[str, Callable[[Sequence[Results]], str]] = {
+    "targets-cpu": _bars_everywhere("cpu"), "targets-gpu": _bars_everywhere("gpu"),
+    "table-1": _papers_table, "growth": _growth, "figures": _figures, "files": _files,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, papers: Sequence[Path]) -> list[Path]:
+    """Everything that is made of the JSON of a folder: figures, report.html, blocks of `papers`."""
+    from benchmarks import _page  # which shows the tables of this file
+
+    results = every_result(folder)
+    found = pictures(results)
+    written = [picture.write(folder) for picture in found]
+    studies = sorted(path.parent for path in folder.glob("study-*/study.json"))
+    written.append(folder / "report.html")
+    written[-1].write_text(_page.page(results, found, studies), encoding="utf-8")
+    for paper in papers:
+        paper.write_text(rewritten(paper.read_text(), folder))
+    return [*written, *papers]
+
+
+def stale(folder: Path, papers: Sequence[Path]) -> list[Path]:
+    """Which figures of a folder and which papers disagree with its JSON, or are not there."""
+    old = [p for p in papers if rewritten(text := p.read_text(), folder) != text]
+    drawn = (p for p in pictures(every_result(folder)) if not p.is_drawn_in(folder))
+    return [*old, *(folder / f"{picture.name}.svg" for picture in drawn)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Tables of benchmark results, as markdown.",
+        description="Tables, figures and a page of benchmark results.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="files without .json; all if none")
     parser.add_argument(
         "--results", type=Path, default=FOLDER, help="folder (default: %(default)s)"
     )
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the blocks of FILE")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compare the blocks of FILE")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios to an SVG")
+    does = parser.add_mutually_exclusive_group()
+    does.add_argument(
+        "--write", action="store_true",
+        help="figures and report.html into the folder; the blocks of README.md and of its own",
+    )  # fmt: skip
+    does.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the blocks of FILE")
+    does.add_argument("--check", type=Path, metavar="FILE", help="compare the blocks of FILE")
     options = parser.parse_args(arguments)
+    folder, papers = options.results, [p for p in (options.readme, options.check) if p]
+    if options.write and folder.resolve() == FOLDER:
+        papers = PAPERS
     try:
-        if options.readme or options.check:
-            path = options.readme or options.check
-            text = path.read_text()
-            new = rewritten(text, options.results)
-            if options.readme:
-                path.write_text(new)
-            elif new != text:
-                print(f"{path} disagrees with {options.results}; run: python -m benchmarks.report "
-                      f"--readme {path}", file=sys.stderr)  # fmt: skip
+        if options.write:
+            for path in write(folder, papers):
+                print(path)
+        elif options.readme:
+            options.readme.write_text(rewritten(options.readme.read_text(), folder))
+        elif options.check:
+            if rewritten(text := options.check.read_text(), folder) != text:
+                print(f"{options.check} disagrees with {folder}; run: python -m benchmarks.report "
+                      "--write", file=sys.stderr)  # fmt: skip
                 return 1
-            return 0
-        names = options.names or sorted(p.stem for p in options.results.glob("*.json"))
-        if options.figure:
-            draw([Results.load(options.results / f"{name}.json") for name in names], options.figure)
-            return 0
-        for name in names:
-            print(f"## {name}\n\n{as_markdown(Results.load(options.results / f'{name}.json'))}")
+        else:
+            for name in options.names or sorted(p.stem for p in folder.glob("*.json")):
+                print(f"## {name}\n\n{as_markdown(Results.load(folder / f'{name}.json'))}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

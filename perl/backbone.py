@@ -20,6 +20,10 @@ Three rules keep roles apart:
 The LM head is handed out as a weight (`head`) and never applied to whole sequences here: hidden
 states and that weight are what `pk.policy_loss` and its kin take, so no [tokens × vocabulary]
 matrix exists.
+
+Left out: several roles in one pass, rows repeated for each (`pk.adapters_per_row`). For three roles
+of a model of 81 million parameters on a CPU it takes 0.64 to 0.68 of the time of three passes at 16
+to 64 tokens a role, and as long at 256, while a step scores thousands; and thrice its memory.
 """
 
 from __future__ import annotations

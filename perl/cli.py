@@ -1,7 +1,8 @@
 """The command line: one subcommand per config dataclass, one flag per field.
 
 Exit codes: 0 done · 2 bad input (one line on stderr, nothing written) · 3 stopped on a loss that
-is not finite · 130 stopped by Ctrl-C, with a checkpoint. torch and transformers are imported only
+is not finite, or a policy that diverges · 4 stopped by a reward source that failed, with a
+checkpoint · 130 stopped by Ctrl-C, with a checkpoint. torch and transformers are imported only
 after the arguments are parsed.
 """
 
@@ -33,9 +34,9 @@ COMMANDS = {
     "export": (cfg.ExportConfig, "perl.export:export", "a trained model for transformers or PEFT"),
     "average": (cfg.AverageConfig, "perl.export:average", "one model from several runs' weights"),
     "data": (cfg.DataConfig, "perl.evaluate:describe", "what a data file holds"),
-    "study": (cfg.StudyConfig, "perl.study:run", "LoRA ranks beside full tuning, in tables"),
+    "study": (cfg.StudyConfig, "perl.studies:run", "LoRA ranks beside full tuning, in tables"),
     "plan": (cfg.PlanConfig, "perl.plan:run", "memory and time of a training before it runs"),
-    "bench": (cfg.BenchConfig, "perl.evaluate:bench", "run the benchmarks of a checkout"),
+    "bench": (cfg.BenchConfig, "perl.bench:bench", "run the benchmarks of a checkout"),
 }
 
 
@@ -154,6 +155,8 @@ def _add_flag(command: argparse.ArgumentParser, field: dataclasses.Field, hint: 
     text += f" ({', '.join(notes)})" if notes else ""
     if field.metadata["positional"]:
         many = {"nargs": "+"} if kind == list[str] else {}
+        if field.default is not dataclasses.MISSING:
+            many = {"nargs": "?", "default": argparse.SUPPRESS}
         command.add_argument(field.name, metavar=field.name.upper(), help=text, **many)
         return
     settings: dict[str, Any] = dict(dest=field.name, default=argparse.SUPPRESS, help=text)

@@ -778,11 +778,46 @@ class DataConfig(Config):
     seed: int = option(0, at_least=0, help="seed of the embedded world")
 
 
+BENCH_PEERS = ("peft", "trl", "liger", "unsloth", "cce", "compile")
+
+
 @dataclass(kw_only=True)
 class BenchConfig(Config):
-    """`pytest benchmarks/` of a checkout, with its tables printed."""
+    """The benchmarks of a checkout: kernels and training steps beside their peers, in tables."""
 
-    select: str | None = option(None, help="only benchmarks whose name matches (pytest -k)")
+    what: Literal["kernels", "reward", "policy", "all"] = option(
+        "all", positional=True, help="kernels, the reward step, the policy's steps, or all"
+    )
+    preset: Literal["cpu-small", "cpu", "h200", "quick", "full", "tiny"] = option(
+        "cpu-small",
+        help="cpu-small (also quick): smaller shapes, a few minutes; cpu (also full): the shapes "
+        "that the bars are set for; h200: a GPU's; tiny: seconds, to try the harness",
+    )
+    against: str | None = option(
+        None,
+        help="peers to compare with, of peft,trl,liger,unsloth,cce,compile, or none; default: all; "
+        "ours, full tuning, plain torch and the machine's limits are always there",
+    )
+    results: str | None = option(
+        None, help="folder of the JSON; default: the checkout's benchmarks/results"
+    )
+    threads: int = option(
+        0, unit="threads", at_least=0, help="of torch on a CPU; 0 leaves the choice to torch"
+    )
+    select: str | None = option(
+        None, help="only benchmarks on a CPU whose name matches (pytest -k)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [] if self.against in (None, "none") else self.against.split(",")
+        unknown = set(given) - set(BENCH_PEERS)
+        if unknown:
+            raise UsageError(
+                f"--against names {', '.join(sorted(unknown))}; there are {', '.join(BENCH_PEERS)}"
+            )
+        if self.preset == "h200" and (self.select or self.threads):
+            raise UsageError("--select and --threads are for a CPU; --preset h200 takes neither")
 
 
 @dataclass(kw_only=True)
@@ -802,14 +837,17 @@ class DemoConfig(Config):
 
 @dataclass(kw_only=True)
 class StudyConfig(Config):
-    """Reward models by LoRA of several ranks beside full tuning: quality, time and memory."""
+    """LoRA of several ranks beside full tuning: quality, time and memory, in tables."""
 
-    task: Literal["reward"] = option(positional=True, help="what is trained: reward")
+    task: Literal["reward", "policy"] = option(
+        positional=True, help="what is trained: reward (reward models) or policy (by REINFORCE)"
+    )
     out: str = option(help="folder of the study; must not exist, or be empty")
     preset: Literal["tiny", "quick", "cpu", "h200"] = option(
         "cpu",
-        help="cpu: ranks, sizes and seeds within an hour on two cores; h200: step time and memory "
-        "of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the machinery",
+        help="cpu: ranks, seeds and sizes of models within an hour on two cores; h200: step time "
+        "and memory of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the "
+        "machinery",
     )
     data_folder: str | None = option(
         None,

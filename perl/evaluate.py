@@ -1,11 +1,10 @@
-"""Commands that train nothing: evaluate, generate, data and bench."""
+"""Commands that train nothing: evaluate, generate and data."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perl import cafe, judge, policies
-from perl.config import BenchConfig, DataConfig, EvaluateConfig, GenerateConfig, UsageError
+from perl.config import DataConfig, EvaluateConfig, GenerateConfig, UsageError
 from perl.data import (
     Encoded,
     Rows,
@@ -257,22 +256,3 @@ def _write_cafe(config: DataConfig) -> None:
     for name, rows in tables.items():
         print(f"{folder / name}.jsonl: {len(rows)} {row_kind(rows)} rows")
     print(f"{folder / 'init'}: a small Llama with random weights, and its tokenizer")
-
-
-# ---------------------------------------------------------------------------------------------
-# bench
-
-
-def bench(config: BenchConfig) -> None:
-    """Runs pytest on the checkout's benchmarks; its tables go to stdout."""
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    if not folder.is_dir():
-        raise UsageError(
-            "bench runs the benchmarks of a source checkout, and this package was "
-            "installed without; clone the repository and run it there"
-        )
-    command = [sys.executable, "-m", "pytest", str(folder), "-q", "-s"]
-    command += ["-k", config.select] if config.select else []
-    code = subprocess.run(command, cwd=folder.parent).returncode
-    if code:
-        raise UsageError(f"the benchmarks ended with pytest's exit code {code}; see above")

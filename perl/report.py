@@ -71,11 +71,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing of lines over steps, label -> (steps, values). An empty line keeps its colour."""
+    """A drawing of lines over steps, label -> (steps, values). An empty line keeps its colour.
+
+    over: what stands in the place of steps, where they are none.
+    """
 
     title: str
     unit: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    over: str = "step"
 
 
 @dataclass(frozen=True)
@@ -747,7 +751,7 @@ def _draw_lines(panel: Panel, axes: Any) -> int:
             axes.plot(steps[::stride], values[::stride], color=colour, label=label, linewidth=1.8)
         else:
             axes.plot(steps, values, ".-", color=colour, label=label, linewidth=1.5, markersize=5)
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.over)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.unit in _FROM_ZERO:
         highest = max(max(values, default=0.0) for _, values in panel.lines.values())

@@ -1,19 +1,13 @@
-"""The study of reward models, LoRA of several ranks beside full tuning: `python -m perl study`.
+"""What the studies share: tasks, models, jobs, and the record of what is done.
 
-    python -m perl study reward --out FOLDER               preset cpu: an hour on two cores
-    python -m perl study reward --out FOLDER --resume      goes on after a kill
-
-Tables 1 and 2 of arXiv 2403.10704, for reward models, on rows and machines of one's own:
-
-    bases     Llamas of three sizes for the embedded world and for real rows, tuned by SFT in full
+    bases     Llamas for the embedded world and for real rows, tuned by SFT in full
     sweeps    the learning rates of LoRA and of full tuning, each at one size of each task
-    cells     task x size x (rank or full) x seed: accuracy or AUC on the held-out rows
-    cost      task x (size at rank 16 and full; every rank at one size), one run at a time: step
-              time and peak memory; the same at every rank of random Llamas too large to train here
+    cells     task x size x (rank or full) x seed: what is learned, told on held-out rows
+    cost      task x size x (rank or full), one run at a time: step time and peak memory; the same
+              of random Llamas too large to train here
 
 Each is a `perl` command in a process of its own. FOLDER/study.json is written anew after every one
-and is all that is told from; a model is thrown away once its figures are there. The checkpoint and
-the learning rate are chosen on the rows that are told of, for LoRA and full tuning alike.
+and is all that is told from; a model is thrown away once its figures are there.
 """
 
 from __future__ import annotations
@@ -26,10 +20,10 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -37,7 +31,7 @@ from perl import cafe
 from perl.commands import run_all, training, write_json
 from perl.config import RewardConfig, StudyConfig, UsageError, make, write_toml
 from perl.files import is_taken
-from perl.report import Bars, Drawing, Spread, markdown_table, phase_cost, write_figure
+from perl.report import Bars, Drawing, markdown_table, phase_cost, write_figure
 from perl.run import Interrupted
 from perl.sweep import figures
 
@@ -55,19 +49,21 @@ class Family:
     sizes: tuple[str, ...]
     chosen: str  # the size at which learning rates are searched and bars are set
     warm_up: tuple[dict[str, Any], ...]
+    real: bool = False  # made of a real model, which the data folder holds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """Rows to learn from. Paths are below the study's folder, or else below the data folder."""
+    """Rows to learn from. Paths that start with data/ are of the data folder, others of the study.
+
+    A study adds what its trainer learns for.
+    """
 
     name: str
     title: str
     family: Family
     data: str
     validation: str
-    metric: str  # accuracy or auc
-    bar: float  # that rank 16 is to reach at the family's chosen size
     recipe: dict[str, Any]  # flags of every cell
     sweep: dict[str, str]  # tuning -> learning rates to choose from
     seeds: tuple[int, ...]  # of each size
@@ -77,25 +73,24 @@ class Task:
         return self.seeds[self.family.sizes.index(size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """A random Llama (a size of `cafe.SHAPES`) whose time and memory alone are told."""
 
     size: str
     vocabulary: int
-    tokens: int
-    pairs: int
+    tokens: int  # of a sequence
     dtype: str
     steps: int
     seconds: float
     bars: tuple[float, float] | None = None  # step time and peak memory over full tuning's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
-    tasks: tuple[Task, ...] = ()
-    shapes: tuple[Shape, ...] = ()
-    ranks: tuple[int, ...] = (1, 4, 8, 16, 32)
+    tasks: tuple[Any, ...] = ()
+    shapes: tuple[Any, ...] = ()
+    ranks: tuple[int, ...]
     cost_steps: int = 6  # of a cell of the tasks
 
     @property
@@ -128,60 +123,21 @@ COFFEE = Family(
             steps=200, batch_size=16, lr=2e-3, **CUT,
         ),
     ),
+    real=True,
 )  # fmt: skip
-CAFE_PAIRS = Task(
-    "cafe-pairs", "Embedded world, pairs", CAFE,
-    "cafe/pairs.jsonl", "cafe/heldout_pairs.jsonl", "accuracy", 0.95,
-    dict(steps=500, batch_size=32, validate_every=100, lr_schedule="cosine"),
-    {"lora": "2e-3,4e-3,8e-3", "full": "1e-3,2e-3"},
-    (1, 3, 1), (38.0, 58.0, 90.0),
-)  # fmt: skip
-COFFEE_PAIRS = Task(
-    "coffee-pairs", "Coffee dialogs, true or shuffled answer", COFFEE,
-    "data/derived_pairwise/coffee_true_vs_shuffled.train.jsonl",
-    "data/derived_pairwise/coffee_true_vs_shuffled.validation.jsonl", "accuracy", 0.88,
-    dict(steps=120, batch_size=16, validate_every=40, lr_schedule="cosine", **CUT),
-    {"lora": "1e-3,2e-3", "full": "5e-4,1e-3"},
-    (1, 1, 2), (60.0, 80.0, 115.0),
-)  # fmt: skip
-COFFEE_THUMBS = Task(
-    "coffee-thumbs", "Taskmaster Coffee, thumbs up or down", COFFEE,
-    "data/pointwise/taskmaster_coffee.train.jsonl",
-    "data/pointwise/taskmaster_coffee.validation.jsonl", "auc", 0.72,
-    # with a rate that falls to 0 it stays under-trained, or over-fits at a higher one
-    dict(
-        steps=90, batch_size=32, validate_every=15, balance_labels=True,
-        **CUT | {"max_tokens": 192},
-    ),
-    {"lora": "5e-4,1e-3", "full": "2e-4,5e-4"},
-    (1, 1, 2), (38.0, 53.0, 76.0),
-)  # fmt: skip
+FEW = dict(general=500, demonstrations=100, pairs=300, prompts=1)  # rows enough to tell the time
 
 
-def _quick(task: Task) -> Task:
-    """The task in a few steps, at two sizes."""
-    few = dict(steps=2, batch_size=2)
-    warm_up = tuple(sft | few for sft in task.family.warm_up)
+def in_few_steps(task: Any, sizes: int, **few: Any) -> Any:
+    """The task in a few steps, at its largest sizes; few: flags of every cell."""
+    warm_up = tuple(sft | dict(steps=2, batch_size=2) for sft in task.family.warm_up)
     return replace(
         task,
-        family=replace(task.family, sizes=task.family.sizes[-2:], warm_up=warm_up),
+        family=replace(task.family, sizes=task.family.sizes[-sizes:], warm_up=warm_up),
         recipe=task.recipe | few,
         sweep=dict.fromkeys(task.sweep, "1e-3"),
-        seeds=(1, 1),
+        seeds=(1,) * sizes,
     )
-
-
-FEW = dict(general=500, demonstrations=100, pairs=300, prompts=1)  # rows enough to tell the time
-TASKS = (CAFE_PAIRS, COFFEE_PAIRS, COFFEE_THUMBS)
-TINY = Shape("mini", 1024, 64, 2, "float32", 2, 5.0)
-PRESETS = {
-    "cpu": Preset(TASKS, (Shape("81M", 32000, 256, 8, "float32", 3, 50.0),)),
-    "h200": Preset(
-        shapes=(Shape("1.1B", 32000, 512, 8, "bfloat16", 12, 45.0, bars=(1 / 1.6, 0.35)),)
-    ),
-    "quick": Preset(tuple(map(_quick, TASKS)), (TINY,), ranks=(4,), cost_steps=2),
-    "tiny": Preset(shapes=(TINY,), ranks=(4,)),
-}
 
 
 # ------------------------------------------------------------------------------- the commands
@@ -199,32 +155,21 @@ class Job:
     keeps: str = ""  # the folder of its model, where later jobs start from it
 
 
-def run(config: StudyConfig) -> None:
-    """Does what is not done yet, prints the tables and writes study.json, table.md, figure.svg."""
-    study = Study(config)
-    try:
-        study.perform()
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"go on with: python -m perl study {config.task} --out {config.out} --resume"
-        ) from None
-    print(study.text())
-    if drawings := study.drawings():
-        write_figure(study.out / "figure.svg", drawings)
-
-
 class Study:
     """The plan of a preset, what of it is done, and what is told from that."""
 
+    presets: ClassVar[Mapping[str, Preset]]
+    trainer: ClassVar[str]  # the command of sweeps, cells and costs
+
     def __init__(self, config: StudyConfig):
         self.config, self.out = config, Path(config.out).resolve()
-        self.preset, self.data_folder = PRESETS[config.preset], _data_folder(config.data_folder)
+        self.preset, self.data_folder = self.presets[config.preset], _data_folder(config)
         if is_taken(self.out) and not config.resume:
             raise UsageError(
                 f"--out {self.out} exists and is not empty; give another folder, or --resume "
                 "to go on with the study in it"
             )
-        real = [task for task in self.preset.tasks if task.family.name == COFFEE.name]
+        real = [task for task in self.preset.tasks if task.family.real]
         if real and self.data_folder is None:
             print(
                 "no real preferences: there is no $PERL_SHARED and no shared/ beside the checkout, "
@@ -242,6 +187,19 @@ class Study:
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Name -> figures of what is done."""
         return self.record["jobs"]
+
+    def run(self) -> None:
+        """Does what is not done yet, prints the tables; study.json, table.md and figure.svg."""
+        try:
+            self.perform()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"go on with: python -m perl study {self.config.task} --out {self.config.out} "
+                "--resume"
+            ) from None
+        print(self.text())
+        if drawings := self.drawings():
+            write_figure(self.out / "figure.svg", drawings)
 
     def perform(self) -> None:
         """Runs every job that is not done, the order being that of the module's description."""
@@ -280,15 +238,19 @@ class Study:
         return training(job.command, out=self.out / job.name, **flags)
 
     def figures(self, job: Job) -> dict[str, Any]:
-        """What a finished job has to tell."""
-        folder = self.out / job.name
+        """What a finished job has to tell; a sweep of its best run, and of every one."""
+        where = self.out / job.name
         if "sweep" in job.flags:
-            runs = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["runs"]
-            best = max((r for r in runs.values() if "score" in r), key=lambda run: run["score"])
-            return best | {"runs": runs}
-        if "validation" in job.flags:
-            return figures(make(RewardConfig, job.flags | {"out": str(folder)}))
-        return phase_cost(folder)
+            runs = json.loads((where / "sweep.json").read_text(encoding="utf-8"))["runs"]
+            finite = [run for run in runs.values() if "score" in run]
+            return max(finite, key=lambda run: self.score(job, run)) | {"runs": runs}
+        if job.command == "reward" and "validation" in job.flags:
+            return figures(make(RewardConfig, job.flags | {"out": str(where)}))
+        return phase_cost(where)
+
+    def score(self, job: Job, run: dict[str, Any]) -> float:
+        """What a sweep chooses the learning rate by."""
+        return run["score"]
 
     def throw_away(self, job: Job) -> None:
         """Models and checkpoints that nothing will start from; metrics and configurations stay."""
@@ -308,6 +270,13 @@ class Study:
 
     def learning(self) -> Iterator[Iterator[Job]]:
         """Stages of jobs whose quality is told; those of a stage do not wait for each other."""
+        raise NotImplementedError
+
+    def costs(self) -> Iterator[Job]:
+        """Jobs whose time and memory are told."""
+        raise NotImplementedError
+
+    def warm_ups(self) -> Iterator[Iterator[Job]]:
         rounds = max((len(family.warm_up) for family in self.families), default=0)
         for number in range(rounds):
             yield (
@@ -316,12 +285,29 @@ class Study:
                 if number < len(family.warm_up)
                 for size in family.sizes
             )
-        yield (
-            self.sweep(task, tuning)
-            for task in self.preset.tasks
-            for tuning in self.preset.swept_arms
-        )
-        # all of one seed before the next: a study that is stopped has whole tables
+
+    def warm_up(self, family: Family, size: str, number: int) -> Job:
+        sft = family.warm_up[number]
+        flags = dict(
+            model=self.base(family, size, number), tuning="full", lr_schedule="cosine",
+            checkpoint_every=10**6, **sft | {"data": self.path(sft["data"])},
+        )  # fmt: skip
+        return Job(folder("bases", family.name, size, number), "sft", flags, 30.0, keeps="policy")
+
+    def sweeps(self) -> Iterator[Job]:
+        for task in self.preset.tasks:
+            for tuning in self.preset.swept_arms:
+                yield self.sweep(task, tuning)
+
+    def sweep(self, task: Task, tuning: str) -> Job:
+        flags = self.flags(task, task.family.chosen, self.preset.swept_arms[tuning])
+        flags["sweep"] = f"lr={task.sweep[tuning]}"
+        runs = task.sweep[tuning].count(",") + 1
+        seconds = runs * task.seconds[task.family.sizes.index(task.family.chosen)]
+        return Job(folder("sweeps", task.name, tuning), self.trainer, flags, seconds)
+
+    def cells(self) -> Iterator[Iterator[Job]]:
+        """All of one seed before the next: a study that is stopped has whole tables."""
         for seed in range(max((n for task in self.preset.tasks for n in task.seeds), default=0)):
             yield (
                 self.cell(task, size, arm, seed)
@@ -332,21 +318,22 @@ class Study:
                 if self.cell_name(task, size, arm, seed).startswith("cells")
             )
 
-    def costs(self) -> Iterator[Job]:
-        for shape in self.preset.shapes:
-            for arm in self.preset.arms:
-                yield Job(
-                    _folder("cost", shape.size, arm),
-                    "reward",
-                    dict(
-                        model=str(self.out / "models" / shape.size),
-                        data=str(self.out / f"cafe/pairs-{shape.size}.jsonl"),
-                        dtype=shape.dtype, steps=shape.steps, batch_size=shape.pairs,
-                        max_tokens=shape.tokens, truncate_prompts=True, drop_long=True,
-                        **_arm_flags(arm),
-                    ),
-                    shape.seconds,
-                )  # fmt: skip
+    def cell(self, task: Task, size: str, arm: str, seed: int) -> Job:
+        tuning = "full" if arm == "full" else "lora"
+        return Job(
+            self.cell_name(task, size, arm, seed),
+            self.trainer,
+            self.flags(task, size, arm) | {"seed": seed},
+            task.seconds[task.family.sizes.index(size)],
+            lr_of=folder("sweeps", task.name, tuning),
+        )
+
+    def cell_name(self, task: Task, size: str, arm: str, seed: int) -> str:
+        """The job that tells of a cell."""
+        return folder("cells", task.name, size, arm, f"seed {seed}")
+
+    def task_costs(self) -> Iterator[Job]:
+        """A few steps of cells: every arm at the chosen size, the swept ones at the others."""
         for task in self.preset.tasks:
             for size in task.family.sizes:
                 for arm in self.preset.arms:
@@ -354,55 +341,23 @@ class Study:
                         continue
                     flags = self.flags(task, size, arm) | {"steps": self.preset.cost_steps}
                     del flags["validation"]
-                    yield Job(_folder("cost", task.name, size, arm), "reward", flags, 8.0)
-
-    def warm_up(self, family: Family, size: str, number: int) -> Job:
-        sft = family.warm_up[number]
-        flags = dict(
-            model=self.base(family, size, number), tuning="full", lr_schedule="cosine",
-            checkpoint_every=10**6, **sft | {"data": self.path(sft["data"])},
-        )  # fmt: skip
-        return Job(_folder("bases", family.name, size, number), "sft", flags, 30.0, keeps="policy")
-
-    def sweep(self, task: Task, tuning: str) -> Job:
-        flags = self.flags(task, task.family.chosen, self.preset.swept_arms[tuning])
-        flags["sweep"] = f"lr={task.sweep[tuning]}"
-        runs = task.sweep[tuning].count(",") + 1
-        seconds = runs * task.seconds[task.family.sizes.index(task.family.chosen)]
-        return Job(_folder("sweeps", task.name, tuning), "reward", flags, seconds)
-
-    def cell(self, task: Task, size: str, arm: str, seed: int) -> Job:
-        tuning = "full" if arm == "full" else "lora"
-        return Job(
-            self.cell_name(task, size, arm, seed),
-            "reward",
-            self.flags(task, size, arm) | {"seed": seed},
-            task.seconds[task.family.sizes.index(size)],
-            lr_of=_folder("sweeps", task.name, tuning),
-        )
-
-    def cell_name(self, task: Task, size: str, arm: str, seed: int) -> str:
-        """The job that tells of a cell: its own, or a sweep whose best run is that very command."""
-        for tuning, swept in self.preset.swept_arms.items():
-            if (size, arm, seed) == (task.family.chosen, swept, 0):
-                return _folder("sweeps", task.name, tuning)
-        return _folder("cells", task.name, size, arm, f"seed {seed}")
+                    yield Job(folder("cost", task.name, size, arm), self.trainer, flags, 8.0)
 
     def flags(self, task: Task, size: str, arm: str) -> dict[str, Any]:
         return dict(
             model=self.base(task.family, size, len(task.family.warm_up)),
             data=self.path(task.data), validation=self.path(task.validation),
-            checkpoint_every=10**6, **task.recipe, **_arm_flags(arm),
+            checkpoint_every=10**6, **task.recipe, **arm_flags(arm),
         )  # fmt: skip
 
     def base(self, family: Family, size: str, number: int) -> str:
         """The model of a family after `number` of its SFT commands."""
         if number == 0:
-            return str(self.out / _folder("models", family.name, size))
-        return str(self.out / _folder("bases", family.name, size, number - 1))
+            return str(self.out / folder("models", family.name, size))
+        return str(self.out / folder("bases", family.name, size, number - 1))
 
     def path(self, name: str) -> str:
-        return str((self.out if name.startswith("cafe/") else self.data_folder) / name)
+        return str((self.data_folder if name.startswith("data/") else self.out) / name)
 
     def make_models(self) -> None:
         """The embedded world and the models of all sizes, where they are not there yet."""
@@ -410,7 +365,7 @@ class Study:
         from transformers import AutoTokenizer
 
         parameters = self.record["parameters"]
-        wanted = {_folder(family.name, size) for family in self.families for size in family.sizes}
+        wanted = {folder(family.name, size) for family in self.families for size in family.sizes}
         if wanted | {shape.size for shape in self.preset.shapes} <= parameters.keys():
             return
         world = cafe.build_world(**({} if self.families else FEW))
@@ -424,19 +379,23 @@ class Study:
 
         for family in self.families:
             for size in family.sizes:
-                name = _folder(family.name, size)
-                if name not in parameters and family.name == COFFEE.name:
+                name = folder(family.name, size)
+                if name not in parameters and family.real:
                     keep(name, *_stories(self.data_folder, size))
                 elif name not in parameters:
                     keep(name, cafe.build_model(len(tokenizer), size), tokenizer)
         for shape in self.preset.shapes:
             if shape.size not in parameters:
-                _write_long_pairs(self.out / f"cafe/pairs-{shape.size}.jsonl", world, shape.tokens)
+                _write_long_pairs(self.pairs_of(shape), world, shape.tokens)
                 model = cafe.build_model(
                     shape.vocabulary, shape.size, max_position_embeddings=shape.tokens
                 )
                 keep(shape.size, model.to(getattr(torch, shape.dtype)), tokenizer)
         self.save()
+
+    def pairs_of(self, shape: Shape) -> Path:
+        """Pairs that are longer than the shape's sequences."""
+        return self.out / f"cafe/pairs-{shape.size}.jsonl"
 
     # ---------------------------------------------------------------------------- what is told
 
@@ -450,125 +409,83 @@ class Study:
         return "\n\n".join(parts) + "\n"
 
     def tables(self) -> Iterator[tuple[str, list[Row]]]:
-        for task in self.preset.tasks:
-            heads = {size: self.head(_folder(task.family.name, size)) for size in task.family.sizes}
-            rows = []
-            for arm in self.preset.arms:
-                found = {size: self.quality(task, size, arm) for size in heads}
-                rows.append({"": arm} | {heads[size]: _spread(found[size]) for size in heads})
-            yield f"{task.title}: held-out {_NAMES[task.metric]}, mean ± deviation of seeds", rows
-            columns = {_folder(task.name, size): head for size, head in heads.items()}
-            yield f"{task.title}: cost, and over full tuning's", self.cost_rows(columns)
-        columns = {
-            shape.size: f"{self.head(shape.size)}, {2 * shape.pairs} rows of {shape.tokens}"
-            for shape in self.preset.shapes
-        }
-        yield "Random Llamas: cost, and over full tuning's", self.cost_rows(columns)
-        yield "Bars", list(self.bars())
+        raise NotImplementedError
+
+    def drawings(self) -> list[Drawing]:
+        raise NotImplementedError
 
     def cost_rows(self, columns: dict[str, str]) -> list[Row]:
         """A row for each arm; `columns` is the folder under cost/ -> its head."""
         rows = []
         for arm in self.preset.arms:
             row = {"": arm}
-            for folder, head in columns.items():
+            for name, head in columns.items():
                 step = peak = "–"
-                if ratio := self.over_full(folder, arm):
-                    cost = self.jobs[_folder("cost", folder, arm)]
+                if ratio := self.over_full(name, arm):
+                    cost = self.jobs[folder("cost", name, arm)]
                     step = f"{cost['step_ms']:.3g} ms ({ratio['step_ms']:.2f})"
                     peak = f"{cost['peak_mb']:,.0f} MB ({ratio['peak_mb']:.2f})"
                 row |= {f"{head}: step": step, f"{head}: peak": peak}
             rows.append(row)
         return rows if any(set(row.values()) - {row[""], "–"} for row in rows) else []
 
-    def over_full(self, folder: str, arm: str) -> dict[str, float]:
+    def over_full(self, name: str, arm: str) -> dict[str, float]:
         """Step time and peak memory over full tuning's; empty where one is not measured."""
-        ours, full = (self.jobs.get(_folder("cost", folder, which)) for which in (arm, "full"))
+        ours, full = (self.jobs.get(folder("cost", name, which)) for which in (arm, "full"))
         return {key: ours[key] / full[key] for key in full} if ours and full else {}
 
-    def bars(self) -> Iterator[Row]:
-        """What the study is to show, with what it found."""
-        for task in self.preset.tasks:
-            lora, chosen = self.preset.swept_arms["lora"], task.family.chosen
-            gaps = {}
-            for size in task.family.sizes:
-                found, full = (self.quality(task, size, arm) for arm in (lora, "full"))
-                if found and full:
-                    gaps[size] = statistics.fmean(full) - statistics.fmean(found)
-            if chosen not in gaps:
-                continue
-            name = _NAMES[task.metric]
-            value = statistics.fmean(self.quality(task, chosen, lora))
-            yield _bar(f"{task.title}: {name}, {lora}, {chosen}", value, ">=", task.bar)
-            yield _bar(f"{task.title}: full less {lora}, {chosen}", gaps[chosen], "<=", 0.02)
-            worst = max(gaps, key=gaps.get)
-            yield _bar(f"{task.title}: the same, worst size, {worst}", gaps[worst], "<=", 0.02)
+    def cost_bars(self) -> Iterator[Row]:
+        """What the shapes are to show, with what was found."""
         for shape in self.preset.shapes:
             ratio = self.over_full(shape.size, self.preset.swept_arms["lora"])
             if shape.bars and ratio:
                 time, memory = shape.bars
-                yield _bar(f"{shape.size}: step time over full", ratio["step_ms"], "<=", time)
-                yield _bar(f"{shape.size}: peak memory over full", ratio["peak_mb"], "<=", memory)
+                yield bar(f"{shape.size}: step time over full", ratio["step_ms"], "<=", time)
+                yield bar(f"{shape.size}: peak memory over full", ratio["peak_mb"], "<=", memory)
 
-    def drawings(self) -> list[Drawing]:
-        found: list[Drawing] = []
-        for task in self.preset.tasks:
-            values = {
-                self.head(_folder(task.family.name, size)): {
-                    arm.removeprefix("rank "): repeated
-                    for arm in reversed(self.preset.arms)
-                    if (repeated := self.quality(task, size, arm))
-                }
-                for size in task.family.sizes
-            }
-            values = {head: groups for head, groups in values.items() if groups}
-            if values:
-                found.append(Spread(task.title, f"{_NAMES[task.metric]}, by rank", values))
-        folders = {_folder(task.name, task.family.chosen): task.name for task in self.preset.tasks}
+    def cost_drawings(self) -> Iterator[Drawing]:
+        folders = {folder(task.name, task.family.chosen): task.name for task in self.preset.tasks}
         folders |= {shape.size: shape.size for shape in self.preset.shapes}
         for key, title in (("step_ms", "Step time"), ("peak_mb", "Peak memory")):
             values = {
                 name: {
                     arm: ratio[key]
                     for arm in reversed(self.preset.arms[1:])
-                    if (ratio := self.over_full(folder, arm))
+                    if (ratio := self.over_full(where, arm))
                 }
-                for folder, name in folders.items()
+                for where, name in folders.items()
             }
             values = {name: groups for name, groups in values.items() if groups}
             if values:
-                found.append(Bars(title, "over full tuning's", values))
-        return found
+                yield Bars(title, "over full tuning's", values)
 
-    def quality(self, task: Task, size: str, arm: str) -> list[float]:
-        """The held-out figure of each seed that is done."""
-        names = [self.cell_name(task, size, arm, seed) for seed in range(task.seeds_of(size))]
-        return [self.jobs[n][f"validation_{task.metric}"] for n in names if n in self.jobs]
+    def by_rank(self, found: Mapping[str, list[float]]) -> dict[str, list[float]]:
+        """The figures of each arm that has some, smallest rank first."""
+        arms = {arm.removeprefix("rank "): found[arm] for arm in reversed(self.preset.arms)}
+        return {arm: values for arm, values in arms.items() if values}
 
     def head(self, model: str) -> str:
         return f"{self.record['parameters'][model] / 1e6:.3g} M"
 
 
-def _folder(*parts: str | int) -> str:
+def folder(*parts: str | int) -> str:
     return "/".join(map(str, parts)).replace(" ", "-")
 
 
-_NAMES = {"accuracy": "accuracy", "auc": "AUC"}
-
-
-def _arm_flags(arm: str) -> dict[str, Any]:
+def arm_flags(arm: str) -> dict[str, Any]:
     if arm == "full":
         return {"tuning": "full"}
     return {"tuning": "lora", "lora_rank": int(arm.removeprefix("rank "))}
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and deviation, as text."""
     if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "–"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+        return f"{values[0]:.{digits}f}" if values else "–"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _bar(what: str, value: float, sense: str, wanted: float) -> Row:
+def bar(what: str, value: float, sense: str, wanted: float) -> Row:
     met = value >= wanted if sense == ">=" else value <= wanted
     sign = {">=": "≥", "<=": "≤"}[sense]
     return {
@@ -579,14 +496,16 @@ def _bar(what: str, value: float, sense: str, wanted: float) -> Row:
     }
 
 
-def _data_folder(given: str | None) -> Path | None:
+def _data_folder(config: StudyConfig) -> Path | None:
     """The folder of real rows and models; None where none is named and none is at hand."""
-    named = given or os.environ.get("PERL_SHARED")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
-    if all((folder / name).is_dir() for name in ("data", "models")):
-        return folder.resolve()
-    if given:
-        raise UsageError(f"--data-folder {given} has no data/ and models/; give one that has")
+    named = config.data_folder or os.environ.get("PERL_SHARED")
+    shared = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
+    if all((shared / name).is_dir() for name in ("data", "models")):
+        return shared.resolve()
+    if config.data_folder:
+        raise UsageError(
+            f"--data-folder {config.data_folder} has no data/ and models/; give one that has"
+        )
     return None
 
 
@@ -609,12 +528,12 @@ def _stories(data_folder: Path, size: str) -> tuple[Any, Any]:
     from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = data_folder / "models/stories260k"
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    source = data_folder / "models/stories260k"
+    model = AutoModelForCausalLM.from_pretrained(source)
     layers, count = model.model.layers, int(size.partition(" ")[0])
     taken = [copy.deepcopy(layers[i * len(layers) // count]) for i in range(count)]
     model.model.layers, model.config.num_hidden_layers = nn.ModuleList(taken), count
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
 def _write_long_pairs(path: Path, world: cafe.World, tokens: int) -> None:

@@ -11,10 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _bars, _measure, _results, gpu, report
+from benchmarks import (
+    _bars,
+    _figures,
+    _limits,
+    _measure,
+    _results,
+    _targets,
+    check,
+    gpu,
+    growth,
+    report,
+)
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
-from perl import cli
+from perl import cli, studies
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -113,7 +124,27 @@ def test_peers_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
         "no_such_peer": "not importable",
         "peer_without_driver": "not importable: OSError: no driver",
     }
-    assert _measure.gpu_peer(replace(on_gpu, device="cpu"), "json", "loads", {}) is None
+    assert _measure.gpu_peer(replace(on_gpu, device="cpu"), "json", "loads", missing) is None
+    assert missing["json"] == "runs on a GPU alone"
+
+
+def test_peers_are_chosen_and_all_else_is_always_there():
+    def contest(case):
+        exact = torch.ones(4, dtype=torch.float64)
+        names = ["ours", "full", "mm", "peft", "peft compiled", "trl", "liger_kernel", "eager"]
+        compared = [Compared("y", torch.ones(4), torch.ones(4), exact)]
+        missing = {"unsloth": "not importable", "cuda": "no GPU"}
+        return Contest(dict.fromkeys(names, tuple), lambda: compared, missing=missing)
+
+    def met(*against):
+        case = Case("none", "none", {"N": 4}, "fp32", against=against)
+        row = _measure.measure(contest, case, seconds=0.0, weigh=False)
+        assert {"full", "mm", "eager"} <= row.contestants.keys() and "cuda" in row.missing
+        return {*row.contestants, *row.missing} - {"full", "mm", "eager", "cuda"}
+
+    assert met() == set()
+    assert met("peft", "unsloth") == {"peft", "unsloth"}
+    assert met("compile", "liger", "trl") == {"peft compiled", "liger_kernel", "trl"}
 
 
 def test_a_peer_that_fails_does_not_end_the_case():
@@ -350,12 +381,7 @@ def test_bad_blocks_are_errors(tmp_path, capsys, text, message):
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_committed_papers_agree_with_committed_results():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("dev/*.md")]:
-        text = path.read_text()
-        assert report.rewritten(text) == text, (
-            f"{path.name}: python -m benchmarks.report --readme {path.name}"
-        )
+def test_committed_files_are_named_for_their_machine():
     for path in _results.FOLDER.glob("*.json"):
         assert Results.load(path).stem == path.stem
 
@@ -379,8 +405,10 @@ def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
     done = command(
         "pytest", "benchmarks/bench_linear_kl.py", "--preset", "tiny",
         "--results", tmp_path / "kept", "--benchmark-json", exported, "-p", "no:cacheprovider",
+        "--against", "trl",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Ceilings measured in this run: copy" in done.stdout and "of limit" in done.stdout
     assert "linear_kl: forward (MiB: beyond inputs and outputs)" in done.stdout
     (path,) = (tmp_path / "kept").glob("linear_kl-tiny-*.json")
     rows = Results.load(path).rows
@@ -390,7 +418,11 @@ def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
     for one, row in zip(found, rows, strict=True):
         assert one["extra_info"]["contestants"] == row.contestants
         assert one["extra_info"]["errors"] == row.errors
-        assert one["extra_info"]["memory"] == row.memory and "bars" in one["extra_info"]
+        assert one["extra_info"]["memory"] == row.memory
+        assert [bar["met"] for bar in one["extra_info"]["bars"]]
+        assert one["extra_info"]["flops"] > 0 and one["extra_info"]["bytes"] > 0
+        assert one["extra_info"]["share_of_limit"] > 0
+        assert one["group"] == f"{row.room}: {row.check}"
         assert one["stats"]["median"] == row.median_s
 
 
@@ -398,7 +430,8 @@ def test_gpu_campaign_dry_run(tmp_path):
     done = command("benchmarks.gpu", "--dry-run", "--results", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== tests: exit code 0" in done.stdout and "FAILED" not in done.stdout
-    assert "== study: exit code 0" in done.stdout
+    for task in studies.STUDIES:
+        assert f"== study-{task}: exit code 0" in done.stdout
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
     assert {row.room for row in results.rows} == {*ROOMS, "reward_step", "policy_step"}
@@ -419,7 +452,7 @@ def test_gpu_campaign_keeps_its_order_and_its_time(tmp_path, monkeypatch):
 
 def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys):
     wrong, right = gpu.cases("tiny")[:2]
-    monkeypatch.setattr(gpu, "cases", lambda preset: [wrong, right])
+    monkeypatch.setattr(gpu, "cases", lambda *chosen: [wrong, right])
     measure = _measure.measure
 
     def one_is_wrong(contest_of, case, seconds, **options):
@@ -436,10 +469,11 @@ def test_gpu_campaign_goes_on_after_a_wrong_result(tmp_path, monkeypatch, capsys
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", studies.STUDIES)
+def test_gpu_campaign_keeps_the_tables_of_a_study(tmp_path, monkeypatch, task):
     def run(stage, command, folders, seconds):
         flags = cli.build_parser().parse_args(command[3:])  # what python -m perl would be given
-        assert (stage, flags.preset) == ("study", "h200")
+        assert (stage, flags.task, flags.preset) == (f"study-{task}", task, "h200")
         Path(flags.out).mkdir()
         (Path(flags.out) / "study.json").write_text("{}")
         (Path(flags.out) / "model.safetensors").write_text("gigabytes")
@@ -447,29 +481,236 @@ def test_gpu_campaign_keeps_the_tables_of_the_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "run", run)
     folders = [tmp_path / "results", tmp_path / "out"]
-    assert not gpu.study("h200", folders, seconds=60.0)
-    assert gpu.study("h200", folders, seconds=0.0)  # out of time, which is no failure
+    assert not gpu.study(task, "h200", folders, seconds=60.0)
+    assert gpu.study(task, "h200", folders, seconds=0.0)  # out of time, which is no failure
     for folder in folders:
-        assert [path.name for path in (folder / "study-h200").iterdir()] == ["study.json"]
+        assert [path.name for path in (folder / f"study-{task}-h200").iterdir()] == ["study.json"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
-def test_the_papers_agree_with_the_committed_results(name):
-    paper = _results.FOLDER.parents[1] / name
-    assert "<!-- results:" in paper.read_text()
-    assert report.main(["--check", str(paper)]) == 0
+# ------------------------------------------------------------------------------------------------
+# What is made of all results
+# ------------------------------------------------------------------------------------------------
+
+
+def test_papers_and_figures_agree_with_the_committed_results():
+    assert all("<!-- results:" in paper.read_text() for paper in report.PAPERS)
+    assert not report.stale(_results.FOLDER, report.PAPERS), "python -m benchmarks.report --write"
 
 
 def test_every_committed_result_is_shown():
     shown = (_results.FOLDER / "README.md").read_text()
     for path in _results.FOLDER.glob("*.json"):
-        assert f"<!-- results:{path.stem} -->" in shown
+        assert f"### {path.stem}\n" in shown
 
 
-def test_the_figure_has_a_mark_for_each_contestant(tmp_path):
-    both = make_results(make_row(dtype="fp32"))
-    report.draw([both], tmp_path / "both.svg")
-    only = dict(list(both.rows[0].contestants.items())[:1])
-    report.draw([make_results(make_row(dtype="fp32", contestants=only))], tmp_path / "one.svg")
-    marks = [(tmp_path / f"{name}.svg").read_text().count("<use ") for name in ("both", "one")]
-    assert marks[0] > marks[1]  # its point and its entry in the legend
+def test_every_bar_stands_on_every_kind_of_machine():
+    slow = {"frozen": {"median_s": 1.0, "ratio": 1.21, "low": 1.2, "high": 1.3}}
+    full = make_results(make_row(dtype="fp32"), make_row(dtype="fp32", contestants=slow))
+    quick = make_results(make_row(dtype="fp32", contestants=slow), name="lora_linear-quick")
+    quick.preset, quick.machine = "quick", {**quick.machine, "cpu": "AMD"}
+    other = make_results(make_row(dtype="bf16"))  # on AVX2 torch has a fallback alone
+    table = _targets.targets([full, quick, other], "cpu")
+    assert table[0][5:] == ["AMD, avx2, 2 cores", "Some CPU @ 2.00GHz, avx2, 2 cores"]
+    bars = [bar for bar in _bars.BARS if bar.on == "cpu"]
+    assert len(table) == 1 + sum(1 if bar.dtype else 2 for bar in bars)
+    (mean,) = (n for n in table if n[1:3] == ["fp32", "ours/frozen ≤ 1.1"] and "lora_l" in n[0])
+    assert mean[3:] == ["1.05", "geometric mean, R16", "1.21 missed (quick)", "1.1 met"]
+    (worst,) = (n for n in table if n[1:3] == ["fp32", "ours/frozen ≤ 1.2"])
+    assert worst[4:] == ["each shape, R16", "1.21 missed (quick)", "1.21 missed"]
+    assert {n[6] for n in table if n[1] == "bf16"} == {"not measured"}
+    counted = _targets.counts(table)["AMD, avx2, 2 cores"]
+    assert counted["missed"] == 2 and sum(counted.values()) == len(table) - 1
+    gpu_table = _targets.targets([full], "gpu")
+    assert gpu_table[0][5:] == ["H200"] and {n[5] for n in gpu_table[1:]} == {"not measured"}
+
+
+def test_the_papers_table_has_ours_beside_it():
+    step = make_row(
+        room="reward_step", check="step", dtype="fp32", memory={"ours": 30, "full": 60},
+        contestants={"full": {"median_s": 1.0, "ratio": 0.625, "low": 0.6, "high": 0.7}},
+    )  # fmt: skip
+    small = make_results(step)
+    small.preset = "quick"
+    assert _targets.papers_table([small])[1][-2:] == ["74 %", "not measured"]
+    table = _targets.papers_table([make_results(step)])
+    assert table[0][-1] == "ours, Some CPU @ 2.00GHz, avx2, 2 cores, fp32"
+    assert [line[-1] for line in table[1:]] == ["50 %", "1.60×", "not measured", "not measured"]
+
+
+def test_the_share_of_the_limit():
+    row = make_row(dtype="fp32", median_s=2.0, measures={"flop_per_s": 3e9})
+    assert _limits.least_bytes(row) == 2 * 4 * (8 * 4 + 4 * 4 + 8 * 4)
+    product = ["fp32 product of 8²", "FLOP/s", 4e9]
+    assert _limits.share_of_limit(row, [["copy", "B/s", 1e9], product]) == 0.75
+    assert _limits.share_of_limit(row, [["copy", "B/s", 320.0], product]) == 1.0
+    assert _limits.share_of_limit(row, [["bf16 product of 8²", "FLOP/s", 4e9]]) is None
+    results = make_results(row)
+    results.machine["ceilings"] = [product]
+    assert "| 3 GFLOP/s | 75% |" in report.as_markdown(results)
+
+
+def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
+    results = make_results(make_row(dtype="fp32", check=_bars.DROPOUT))
+    results.machine["ceilings"] = [["copy", "B/s", 1e9], ["fp32 product of 8²", "FLOP/s", 4e9]]
+    results.write([tmp_path])
+    (tmp_path / "study-h200").mkdir()
+    (tmp_path / "study-h200/study.json").write_text("{}")
+    (tmp_path / "study-h200/table.md").write_text("| rank | <accuracy> |")
+    paper = tmp_path / "README.md"
+    paper.write_text(
+        "".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in report.MADE)
+    )
+    figures = ["overview", "peers-some-cpu-2-00ghz-avx2-2-cores-fp32",
+               "roofline-some-cpu-2-00ghz-avx2-2-cores"]  # fmt: skip
+    missing = report.stale(tmp_path, [paper])
+    assert missing == [paper, *(tmp_path / f"{name}.svg" for name in figures)]
+    written = report.write(tmp_path, [paper])
+    assert written == [*missing[1:], tmp_path / "report.html", paper]
+    assert not report.stale(tmp_path, [paper])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == len(figures) and 'src="http' not in page
+    assert "&lt;accuracy&gt;" in page and '<td class="none">not measured</td>' in page
+    absent = page[page.index("<h2>Not measured") :]
+    assert "Reward against KL" in absent and "How cost grows" in absent
+    assert "Roofline" not in absent and "Accuracy against rank" not in absent
+    drawn = (tmp_path / "overview.svg").read_text()
+    assert "LoRA layer with dropout, against PEFT" in drawn and "0.40" in drawn
+    assert "#1f6feb" not in drawn.split("</style>")[1] and "prefers-color-scheme:dark" in drawn
+    results.rows[0].contestants["peft"]["ratio"] = 0.5
+    results.write([tmp_path])
+    assert report.stale(tmp_path, [paper]) == missing[:3]  # the roofline has not moved
+
+
+# ------------------------------------------------------------------------------------------------
+# Whether something is lost
+# ------------------------------------------------------------------------------------------------
+
+
+def faster(low, ratio, high, **memory):
+    frozen = {"median_s": 1.0, "ratio": ratio, "low": low, "high": high}
+    return make_row(
+        contestants={"frozen": frozen, "ours, other": frozen},
+        memory={"ours": 30, "full": 60} | memory, memory_kind="peak of the process",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("now", "lost"),
+    [
+        (faster(0.9, 1.0, 1.1), []),
+        (faster(1.19, 1.3, 1.4), []),  # 30 % slower, but the spreads are 8 % apart
+        (faster(1.22, 1.3, 1.4), ["time over frozen"]),
+        (faster(0.4, 0.5, 0.6, ours=32), []),
+        (faster(0.4, 0.5, 0.6, ours=34), ["memory over full"]),
+        (make_row(shape={"N": 9, "D": 4, "O": 4, "R": 16}), []),
+    ],
+)
+def test_a_loss_is_beyond_the_spread(now, lost):
+    found = check.losses([faster(0.9, 1.0, 1.1)], [now])
+    assert [name.rpartition(", ")[2] for name in found] == lost
+
+
+def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
+    committed = make_results(faster(0.9, 1.0, 1.1), name="lora_linear-quick")
+    committed.preset = "quick"
+    arguments = ["--results", str(tmp_path)]
+    committed.write([tmp_path])
+    assert check.main(arguments) == 0
+    assert "nothing is committed for" in capsys.readouterr().out
+    monkeypatch.setattr(check, "machine", lambda: committed.machine)
+    runs = []
+    monkeypatch.setattr(check, "measure", lambda room, threads: [runs.pop(0)])
+    slow, same = faster(1.5, 1.6, 1.7), faster(0.9, 1.0, 1.1)
+    for given, code, left in (([same, slow], 0, 1), ([slow, same], 0, 0), ([slow, slow], 1, 0)):
+        runs[:] = given
+        assert check.main(arguments) == code and len(runs) == left
+    assert (
+        "forward + backward, bf16 N8 D4 O4 R16, time over frozen: 1.60" in capsys.readouterr().out
+    )
+    assert check.main([*arguments, "--rooms", "lora_mlp"]) == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# How cost grows
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_exponent_and_its_standard_error():
+    assert growth.exponent([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx((2.0, 0.0), abs=1e-7)
+    # by hand: x = -1, 0, 1 in units of log 2, y = 0, 1, 0: slope 0, residuals -1/3, 2/3, -1/3
+    slope, error = growth.exponent([1, 2, 4], [1, 2, 1])
+    assert slope == pytest.approx(0.0) and error == pytest.approx((1 / 3) ** 0.5)
+    with pytest.raises(ValueError, match="wants three points above 0"):
+        growth.exponent([1, 2], [1, 2])
+
+
+def grown(case):
+    """A row whose time is linear and whose memory is flat in V."""
+    seconds = 1e-6 * case.shape["V"]
+    eager = {"median_s": seconds**2, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    return make_row(
+        room=case.room, check=case.check, shape=case.shape, dtype=case.dtype, median_s=seconds,
+        contestants={"eager": eager}, memory={"ours": MIB},
+    )  # fmt: skip
+
+
+def test_sweeps_go_on_where_they_were_and_are_drawn(tmp_path, monkeypatch, capsys):
+    (sweep,) = (one for one in growth.SWEEPS if one.title == "vocabulary")
+    monkeypatch.setattr(growth, "SWEEPS", (sweep,))
+    monkeypatch.setattr(growth, "ceilings", lambda device: [("copy", "B/s", 1e9)])
+    measured = []
+
+    def point(case):
+        measured.append(case.shape["V"])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return grown(case)
+
+    monkeypatch.setattr(growth, "point", point)
+    with pytest.raises(KeyboardInterrupt):
+        growth.main(["--results", str(tmp_path)])
+    assert growth.main(["--results", str(tmp_path)]) == 0
+    assert measured == [4000, 8000, 16000, 16000, 32000, 64000]
+    assert "1.00 ± 0.00" in capsys.readouterr().out
+    (path,) = tmp_path.glob("growth-*.json")
+    results = Results.load(path)
+    assert [row.shape["V"] for row in results.rows] == [4000, 8000, 16000, 32000, 64000]
+    lines = growth.table(results)[1:]
+    assert lines == [
+        ["vocabulary", "linear_log_prob", "4,000", "64,000", "ours", "1.00 ± 0.00", "0.00 ± 0.00"],
+        [
+            "vocabulary",
+            "linear_log_prob",
+            "4,000",
+            "64,000",
+            "eager",
+            "2.00 ± 0.00",
+            "not measured",
+        ],
+    ]
+    (picture,) = _figures.pictures([results])
+    drawn = picture.svg()
+    assert picture.name.startswith("growth-") and "eager: 2.00 ± 0.00" in drawn
+    assert not _targets.kinds([results], "cpu")  # bars are set for other sizes
+    results.versions["torch"] = "another"
+    results.write([tmp_path])
+    assert not growth.begun(tmp_path).rows
+
+
+def test_every_sweep_is_of_cases_that_its_room_can_measure():
+    for sweep in growth.SWEEPS:
+        (like, *_) = import_module(f"benchmarks.bench_{sweep.room}").cases("full")
+        for case in sweep.cases():
+            assert case.shape.keys() == like.shape.keys() and len(sweep.shapes) >= 3
+
+
+def test_phases_of_a_step_are_drawn():
+    times = {"rollout_s": 2.0, "score_s": 0.5, "learn_s": 1.0}
+    theirs = {f"{phase}, frozen": 2 * value for phase, value in times.items()}
+    row = make_row(dtype="fp32", measures=times | theirs)
+    (picture,) = (p for p in _figures.pictures([make_results(row)]) if "phases" in p.name)
+    assert picture.data == {
+        "fp32: ours": [2.0, 0.5, 1.0],
+        "fp32: frozen": [4.0, 1.0, 2.0],
+    }
+    assert "scoring and anchor" in picture.svg()

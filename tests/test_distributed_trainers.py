@@ -40,6 +40,12 @@ def interrupts(prompts, completions):
     if calls == 5 and os.environ.get("RANK") == "1":  # step 0: samples, 2 validations; 1; 2
         os.kill(os.getpid(), signal.SIGINT)
     return scores(prompts, completions)
+
+def fails_later(prompts, completions):
+    global calls
+    calls += 1
+    assert calls != 8 or os.environ.get("RANK") != "1", "late"  # step 2: 2 validations; 3
+    return scores(prompts, completions)
 """
 SFT = ["sft", "--data", "sft.jsonl", "--validation", "sft-held.jsonl", "--batch-size", "4"]
 REWARD = [
@@ -148,6 +154,8 @@ def printed(world) -> dict[str, list[dict]]:
         "other-data": ["sft", "--data", "data-{rank}.jsonl", "--batch-size", "2"],
         "other-model": SFT + ["--model", str(world / "base-{rank}")],
         "fails": REINFORCE + ["--reward-function", "reward.py:fails"],
+        "late": ALIKE["reinforce"] + ["--reward-function", "reward.py:fails_later"],
+        "goes-on": ["reinforce", "--out", str(world / "late"), "--resume"],
         "interrupts": REINFORCE + ["--reward-function", "reward.py:interrupts"],
         "diverges": SFT + ["--lr", "1e30"],
         "evaluate": ["evaluate", "--model", str(world / "base"), "--data", "sft.jsonl"],
@@ -219,6 +227,11 @@ def test_resume_is_bit_for_bit_and_dropout_differs(world, printed):
         assert tensor.equal(weights(world / "whole")[name]), name
 
 
+def test_a_reward_that_fails_on_one_process_costs_no_step(world, printed):
+    assert [rank["code"] for rank in printed["goes-on"]] == [0, 0], printed["goes-on"]
+    assert metrics(world / "late") == metrics(world / "two-reinforce")
+
+
 def test_one_process_goes_on_with_a_run_of_two(world, printed):
     assert printed["two-pairs"][0]["code"] == 0
     shutil.copytree(world / "two-pairs", world / "on")
@@ -238,6 +251,8 @@ def test_one_process_goes_on_with_a_run_of_two(world, printed):
         ("other-model", 2, "process 1 has another --model than process 0"),
         ("evaluate", 2, "torchrun is for one training; run evaluate by `python -m perl evaluate`"),
         ("fails", 2, "raised AssertionError: on rank 1"),
+        ("late", 4, "raised AssertionError: late on line 24 for 2 completions (the first"),
+        ("late", 4, "late/checkpoints/step-2 is kept; go on with: torchrun --nproc-per-node"),
         ("diverges", 3, "; no checkpoint was written before it; start again with a lower --lr"),
         ("interrupts", 130, "checkpoint of step 2 written; go on with: torchrun --nproc-per-node"),
     ],
@@ -249,7 +264,7 @@ def test_all_stop_with_one_message(world, printed, name, code, message):
     assert len(speaks[0]["err"].splitlines()) == 1 and speaks[0]["code"] == code
     assert all(rank["code"] for rank in ranks) and not any(rank["out"] for rank in ranks)
     # a refusal leaves nothing; of the others the run folder says how far they came
-    assert (world / name).exists() == (name in ("fails", "diverges", "interrupts"))
+    assert (world / name).exists() == (name in ("fails", "late", "diverges", "interrupts"))
 
 
 def test_a_model_is_not_spread_over_one_process(world, capsys):

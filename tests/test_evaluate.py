@@ -1,11 +1,10 @@
-"""Commands that train nothing: evaluate, generate, data, bench."""
+"""Commands that train nothing: evaluate, generate, data."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import statistics
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -223,18 +222,3 @@ def test_data_writes_the_embedded_world(tmp_path, capsys, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path / "cafe" / "init").eos_token == "<eos>"
     capsys.readouterr()
     assert "exists" in refused(capsys, "data", "cafe", "--out", tmp_path / "cafe")
-
-
-def test_bench_runs_pytest_and_reports_its_failure(monkeypatch, capsys):
-    commands = []
-
-    def fake_run(command, cwd):
-        commands.append((command[1:], Path(cwd).resolve()))
-        return subprocess.CompletedProcess(command, 5)
-
-    monkeypatch.setattr(subprocess, "run", fake_run)
-    assert "exit code 5" in refused(capsys, "bench", "--select", "head")
-    repo = Path(__file__).resolve().parent.parent
-    assert commands == [
-        (["-m", "pytest", str(repo / "benchmarks"), "-q", "-s", "-k", "head"], repo)
-    ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,14 +291,16 @@ def vowels(prompts, completions):
 """
 
 
-# Calls: 1 is step 0's samples, 2 the first validation; then one a step, and a validation every two.
+# Calls: 1 samples, 2 and 3 validation; 4 step 1; 5 step 2, 6 and 7 validation; 8 step 3; 9 step 4,
+# 10 and 11 validation. A checkpoint is due at step 3, and a failure in steps 3 and 4 finds whole
+# what step 2 and 3 left; one in a validation comes behind the update.
 @pytest.mark.parametrize(
     "at, failure, words, kept",
     [
-        (7, "raise KeyError('latte')", "KeyError: 'latte' on line 12", 3),
-        (7, "time.sleep(60)", "longer than 2 s on line 12", 3),
-        (8, "return [float('inf')] * 9", "returned 9 rewards for 4 completions", 3),
-        (3, "raise KeyError('latte')", "KeyError", 0),
+        (8, "raise KeyError('latte')", "KeyError: 'latte' on line 12", 2),
+        (9, "time.sleep(60)", "longer than 2 s on line 12", 3),
+        (10, "return [float('inf')] * 9", "returned 9 rewards for 2 completions", 3),
+        (6, "return [float('inf')] * 2", "returned inf for completion", 0),
     ],
 )
 def test_a_source_that_fails_in_a_run_loses_nothing(
@@ -334,14 +338,14 @@ def test_a_source_that_fails_in_a_run_loses_nothing(
 
 
 def save_stranger(folder, seed: int = 5, template: bool = False):
-    """A sequence classifier whose family and tokenizer are not the policy's; in transformers."""
+    """A sequence classifier of another shape and with another tokenizer than the policy."""
     tokenizer = build_tokenizer(["what would you like", "tea with milk", "scones?"], vocab_size=270)
     if template:
         tokenizer.chat_template = (
             "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>{% endfor %}"
             "{% if add_generation_prompt %}[assistant]{% endif %}"
         )
-    model = tiny_model("qwen2", seed, scalar=True, vocab_size=270)
+    model = tiny_model("llama", seed, scalar=True, vocab_size=270, num_hidden_layers=1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
@@ -413,3 +417,15 @@ def test_an_adapter_of_another_base_is_no_model_of_its_own(tmp_path, base, capsy
     save_reward(tmp_path / "rm", save_tiny(tmp_path / "other", seed=9), 3)
     said = refused(capsys, *reinforce(tmp_path, "--reward-model", tmp_path / "rm"))
     assert "belongs to another base" in said and not (tmp_path / "run").exists()
+
+
+def test_the_documented_server_answers(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = Path(__file__).parents[1] / "docs/reward_server.py"
+    handler = runpy.run_path(str(path))["Handler"]
+    monkeypatch.setattr(handler, "log_message", lambda *args: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True, args=(0.01,)).start()
+        ask = endpoint(f"http://127.0.0.1:{server.server_port}/", 5.0, 0)
+        assert ask(["a", MESSAGES], ["ten " * 10, "five " * 5]) == [0.0, -0.5]
+        server.shutdown()

@@ -1,0 +1,411 @@
+"""The figures that are made of benchmark results, as SVG files that follow light and dark.
+
+Each is a `Picture`: plain numbers and how they are drawn. Its file carries a digest of the numbers,
+so that a test can tell when it is out of date whatever matplotlib drew it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import growth
+from benchmarks._bars import DROPOUT, TRAIN
+from benchmarks._limits import flops, least_bytes, rates
+from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
+from benchmarks._targets import kinds
+
+# light -> dark; the ink, the faint lines, then what is drawn
+COLOURS = {
+    "#1b2026": "#e6edf3", "#8b949e": "#768390", "#1f6feb": "#6cb0ff", "#d9480f": "#ff9657",
+    "#1a7f37": "#5fd068", "#8250df": "#c9a2ff", "#9a6700": "#e3b341", "#cf222e": "#ff8f88",
+}  # fmt: skip
+GIGA = 1e9
+INK, FAINT, OURS, THEIRS, *MORE = COLOURS
+STYLE = {
+    "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": FAINT, "grid.alpha": 0.3, "xtick.color": FAINT, "xtick.labelcolor": INK,
+    "ytick.color": FAINT, "ytick.labelcolor": INK, "legend.frameon": False,
+    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "benchmarks",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure before it is drawn."""
+
+    name: str  # of its file, without .svg
+    title: str
+    note: str  # what it shows of what, in a sentence or two
+    data: Any  # what is drawn: text, numbers, lists and dicts of them
+    draw: Callable[[Any, Any], None]  # (data, matplotlib's Figure)
+    size: tuple[float, float]  # inches
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
+
+    def svg(self) -> str:
+        """Needs matplotlib."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(STYLE):
+            figure, file = Figure(figsize=self.size, layout="constrained"), io.StringIO()
+            self.draw(self.data, figure)
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", file.getvalue(), flags=re.DOTALL)
+        numbers = {light: f"--c{i}" for i, light in enumerate(COLOURS)}
+        for light, variable in numbers.items():
+            text = text.replace(light, f"var({variable})")
+        light, dark = (
+            "".join(f"{numbers[one]}:{(one, COLOURS[one])[scheme]};" for one in COLOURS)
+            for scheme in (0, 1)
+        )
+        style = (
+            f"<desc>numbers {self.digest}</desc><style>:root{{{light}}}"
+            f"@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+        )
+        start = text.index(">", text.index("<svg")) + 1
+        return f"{text[:start]}{style}{text[start:]}"
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.svg"
+        path.write_text(self.svg(), encoding="utf-8")
+        return path
+
+    def is_drawn_in(self, folder: Path) -> bool:
+        """Whether its file there is of the same numbers."""
+        path = folder / f"{self.name}.svg"
+        return path.is_file() and f"<desc>numbers {self.digest}</desc>" in path.read_text("utf-8")
+
+
+def pictures(results: Sequence[Results]) -> list[Picture]:
+    """All that these results have numbers for; the first is what a reader is to see first."""
+    found = [overview(results)]
+    for on in ("gpu", "cpu"):
+        for machine, of_kind in kinds(results, on).items():
+            found += [*peers(machine, of_kind), roofline(machine, of_kind)]
+    found += [scaling(one) for one in results if one.name == growth.NAME]
+    for on in ("gpu", "cpu"):
+        found += [phases(machine, of_kind) for machine, of_kind in kinds(results, on).items()]
+    return [picture for picture in found if picture]
+
+
+def file_name(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+# ------------------------------------------------------------------------------------------------
+# Ours over theirs
+# ------------------------------------------------------------------------------------------------
+
+# (room, check, contestant, what a reader calls it): the claim of this library, most telling first.
+HEADLINES = (
+    ("policy_step", "step", "full", "RL step, against full tuning"),
+    ("policy_step", "step", "trl", "RL step, against TRL's RLOO with PEFT"),
+    ("reward_step", "step", "full", "reward-model step, against full tuning"),
+    ("reward_step", "step", "peft", "reward-model step, against PEFT"),
+    ("reward_step", "step in TRL's RewardTrainer", "trl", "in TRL's trainer, one line changed"),
+    ("lora_linear", TRAIN, "peft", "LoRA layer, against PEFT"),
+    ("lora_linear", DROPOUT, "peft", "LoRA layer with dropout, against PEFT"),
+    ("lora_mlp", DROPOUT, "peft", "gated MLP with dropout, against PEFT"),
+    ("linear_log_prob", TRAIN, "eager", "log-probabilities, against eager torch"),
+    ("policy_loss", TRAIN, "eager", "policy loss, against eager torch"),
+    ("policy_loss", TRAIN, "trl", "policy loss, against TRL's chunked log p"),
+)  # fmt: skip
+
+
+def overview(results: Sequence[Results]) -> Picture | None:
+    """The headlines on the kind of machine that has most of them at full size."""
+    best: tuple[str, str, list] = ("", "", [])
+    for on in ("gpu", "cpu"):
+        for machine, of_kind in kinds(results, on).items():
+            for dtype in ("bf16", "fp32"):
+                rows = full_rows(of_kind, dtype)
+                lines = [
+                    _ratio_line(
+                        label, [r for r in rows if (r.room, r.check) == (room, check)], name
+                    )
+                    for room, check, name, label in HEADLINES
+                ]
+                lines = [line for line in lines if line]
+                if len(lines) > len(best[2]):
+                    best = machine, dtype, lines
+    machine, dtype, lines = best
+    if not lines:
+        return None
+    return _ratios(
+        "overview",
+        "Ours over theirs",
+        f"{machine}, {dtype}. Bars left of the line: ours is faster, or smaller. Memory of a step "
+        "is the peak of its process, of an op what it takes beyond inputs and outputs. A whisker "
+        "spans the shapes, the bar is their geometric mean.",
+        lines,
+    )
+
+
+def peers(machine: str, of_kind: Sequence[Results]) -> Iterator[Picture]:
+    """Every contestant of every room and check, a figure for each type."""
+    for dtype in ("bf16", "fp32"):
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in full_rows(of_kind, dtype):
+            groups.setdefault((row.room, row.check), []).append(row)
+        lines = [
+            _ratio_line(f"{room}: {check}, against {name}", rows, name)
+            for (room, check), rows in groups.items()
+            for name in dict.fromkeys(name for row in rows for name in row.contestants)
+            if not name.startswith("ours")
+        ]
+        lines = [line for line in lines if line]
+        if lines:
+            yield _ratios(
+                file_name("peers", machine, dtype),
+                f"Every contestant: {machine}, {dtype}",
+                "Time and memory of ours over theirs: the bar is the geometric mean over the "
+                "shapes of preset full, a whisker spans them.",
+                lines,
+            )
+
+
+def full_rows(of_kind: Sequence[Results], dtype: str) -> list[Row]:
+    """At the sizes that the bars are set for, where the machine multiplies the type."""
+    return [
+        row
+        for one in of_kind
+        if one.preset != "quick"
+        and (
+            dtype != "bf16"
+            or "gpu" in one.machine
+            or multiplies_bf16(one.machine["instruction_sets"])
+        )
+        for row in one.rows
+        if row.dtype == dtype
+    ]
+
+
+def _ratio_line(label: str, rows: Sequence[Row], name: str) -> dict[str, Any] | None:
+    """Time and memory of ours over theirs as [mean, least, most] over the rows."""
+    times = [row.contestants[name]["ratio"] for row in rows if name in row.contestants]
+    weights = [
+        row.memory["ours"] / row.memory[name]
+        for row in rows
+        if row.memory.get(name) and row.memory.get("ours")
+    ]
+    if not times:
+        return None
+    return {"label": label, "time": _span(times), "memory": _span(weights) if weights else None}
+
+
+def _span(values: Sequence[float]) -> list[float]:
+    mean = math.exp(sum(map(math.log, values)) / len(values))
+    return [round(value, 4) for value in (mean, min(values), max(values))]
+
+
+def _ratios(name: str, title: str, note: str, lines: list[dict]) -> Picture:
+    return Picture(name, title, note, lines, _draw_ratios, (9.5, 1.1 + 0.28 * len(lines)))
+
+
+def _draw_ratios(lines: list[dict], figure: Any) -> None:
+    """Bars side by side: time, and memory; 1 is theirs. What is longer than the axes is cut."""
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("time", "memory"), strict=True):
+        longest = max((line[key][0] for line in lines if line[key]), default=1.0)
+        edge = min(2.0, max(1.15, 1.1 * longest))
+        axes.axvline(1.0, color=INK, linewidth=1)
+        for y, line in enumerate(lines):
+            if line[key] is None:
+                axes.text(0.02, y, "not measured", va="center", color=FAINT)
+                continue
+            mean, low, high = line[key]
+            axes.barh(y, min(mean, edge), 0.62, color=OURS if mean <= 1 else THEIRS)
+            if high > 1.02 * low and low < edge:
+                axes.plot([low, min(high, edge)], [y, y], color=INK, linewidth=0.9)
+            axes.annotate(
+                f"{mean:.2f}" if mean < 10 else f"{mean:.0f}", (1, y), (28, 0), va="center",
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                fontweight="bold", color=INK if mean <= 1 else THEIRS,
+            )  # fmt: skip
+        axes.set_xlim(0, edge)
+        axes.set_title("Time" if key == "time" else "Peak memory")
+        axes.set_xlabel("ours over theirs")
+        axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+
+
+# ------------------------------------------------------------------------------------------------
+# Roofline
+# ------------------------------------------------------------------------------------------------
+
+
+def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
+    """Rates of our kernels over FLOPs per byte, under what the machine reaches; None where no run
+    on this kind of machine has measured that."""
+    ceilings = [rates(one.machine["ceilings"]) for one in of_kind if "ceilings" in one.machine]
+    if not ceilings:
+        return None
+    reached = ceilings[0]
+    points: dict[str, list[list[float]]] = {}
+    for dtype in reached.keys() - {"copy"}:
+        for row in full_rows(of_kind, dtype) or [r for o in of_kind for r in o.rows]:
+            work, moved = flops(row), least_bytes(row)
+            if work and moved and row.dtype == dtype:
+                point = [work / moved, work / row.median_s]
+                points.setdefault(f"{row.room}, {dtype}", []).append(point)
+    return points and Picture(
+        file_name("roofline", machine),
+        f"Roofline: {machine}",
+        "A dot is a shape: FLOPs that no method avoids, over bytes that every method moves, "
+        "against the rate reached. The lines are a large copy and torch's matrix product, of the "
+        "same run; "
+        "a dot above the slope read what lay in a cache.",
+        {"ceilings": reached, "points": points},
+        _draw_roofline,
+        (7.5, 4.6),
+    )
+
+
+def _draw_roofline(data: dict, figure: Any) -> None:
+    axes, points = figure.subplots(), data["points"]
+    left = min(x for line in points.values() for x, _ in line) / 2
+    right = max(x for line in points.values() for x, _ in line) * 2
+    copy = data["ceilings"]["copy"]
+    for dtype, peak in data["ceilings"].items():
+        if dtype == "copy":
+            continue
+        ridge = min(max(peak / copy, left), right)
+        roof = [left * copy / GIGA, min(peak, ridge * copy) / GIGA, peak / GIGA]
+        axes.plot([left, ridge, right], roof, color=INK)
+        axes.annotate(
+            f"{dtype} product: {peak / GIGA:,.0f} GFLOP/s", (right, peak / GIGA), (0, 3),
+            textcoords="offset points", ha="right",
+        )  # fmt: skip
+    axes.annotate(
+        f"copy: {copy / GIGA:,.0f} GB/s", (left, left * copy / GIGA), (8, 0),
+        textcoords="offset points",
+    )  # fmt: skip
+    for (label, line), colour, marker in zip(
+        points.items(), [OURS, THEIRS, *MORE] * 4, "osD^vPX*" * 3, strict=False
+    ):
+        work, rate = zip(*line, strict=True)
+        reached = [value / GIGA for value in rate]
+        axes.plot(work, reached, marker, color=colour, label=label, markersize=5, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes.set(xlabel="FLOPs per byte", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain(axis)
+    axes.grid(which="major")
+    figure.legend(loc="outside right upper")
+
+
+# ------------------------------------------------------------------------------------------------
+# Growth
+# ------------------------------------------------------------------------------------------------
+
+
+def scaling(results: Results) -> Picture | None:
+    """Time and memory over one size at a time."""
+    found = growth.curves(results)
+    machine = kind_of(results.machine)
+    return found and Picture(
+        file_name(growth.NAME, machine),
+        f"How cost grows: {machine}",
+        "Both axes are logarithmic; a number is the fitted exponent with its standard error, 1 "
+        "where cost is proportional to the size, 0 where it does not grow.",
+        found,
+        _draw_scaling,
+        (9.5, 2.4 * len(found)),
+    )
+
+
+def _draw_scaling(found: list[dict], figure: Any) -> None:
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    units = {"time": ("s", 1.0), "memory": ("MiB", 2**20)}
+    for curve, row in zip(found, grid, strict=True):
+        for (cost, (unit, size)), axes in zip(units.items(), row, strict=True):
+            for (name, line), colour in zip(
+                curve[cost].items(), (OURS, THEIRS, *MORE), strict=False
+            ):
+                values = [value / size for value in line["values"]]
+                label = f"{name}: {line['slope']:.2f} ± {line['error']:.2f}"
+                axes.plot(line["sizes"], values, "o-", color=colour, label=label, markersize=4)
+            axes.set(xscale="log", yscale="log", ylabel=unit, title=f"{cost} over {curve['title']}")
+            sizes = sorted({n for line in curve[cost].values() for n in line["sizes"]})
+            told = [f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n:,.0f}" for n in sizes]
+            axes.set_xticks(sizes, told)
+            axes.minorticks_off()
+            _plain(axes.yaxis, (1.0, 2.0, 5.0))
+            axes.grid(which="major")
+            if curve[cost]:
+                axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _plain(axis: Any, subs: tuple[float, ...] = (1.0,)) -> None:
+    """Numbers as they are on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ------------------------------------------------------------------------------------------------
+# Phases of a step
+# ------------------------------------------------------------------------------------------------
+
+NAMES = dict(zip(PHASES, ("sampling", "scoring and anchor", "learning"), strict=True))
+
+
+def phases_of(row: Row) -> dict[str, list[float]]:
+    """Seconds of each of PHASES, by the contestant that tells all of them."""
+    found = {}
+    for name in ("ours", *row.contestants):
+        keys = [phase if name == "ours" else f"{phase}, {name}" for phase in PHASES]
+        if all(key in row.measures for key in keys):
+            found[name] = [row.measures[key] for key in keys]
+    return found
+
+
+def phases(machine: str, of_kind: Sequence[Results]) -> Picture | None:
+    """Where a step of REINFORCE spends its time, ours and whoever else tells."""
+    lines = {
+        f"{row.dtype}: {name}": times
+        for one in of_kind
+        if one.preset != "quick"
+        for row in one.rows
+        for name, times in phases_of(row).items()
+    }
+    return lines and Picture(
+        file_name("phases", machine),
+        f"A step of REINFORCE by its phases: {machine}",
+        "Medians, at the sizes of preset full.",
+        lines,
+        _draw_phases,
+        (9.5, 1.2 + 0.4 * len(lines)),
+    )
+
+
+def _draw_phases(lines: dict[str, list[float]], figure: Any) -> None:
+    axes = figure.subplots()
+    left = [0.0] * len(lines)
+    for i, (label, colour) in enumerate(zip(NAMES.values(), (OURS, THEIRS, *MORE), strict=False)):
+        values = [found[i] for found in lines.values()]
+        axes.barh(range(len(lines)), values, 0.6, left, color=colour, label=label)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(lines)), list(lines))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("s")
+    figure.legend(loc="outside upper center", ncols=len(PHASES))
