@@ -293,6 +293,10 @@ class Backbone:
         role = self._roles[name]
         return list(_parameters(role)) if role.trainable else []
 
+    def is_scalar(self, name: str) -> bool:
+        """Whether the role has a scalar head: a reward or value model, which answers nothing."""
+        return self._roles[name].score is not None
+
     def role_bytes(self) -> dict[str, dict[str, int]]:
         """What each role alone holds in this process: {role: {"weights": bytes, ...}}.
 

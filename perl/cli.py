@@ -28,6 +28,7 @@ COMMANDS = {
     "reward": (cfg.RewardConfig, "perl.train_reward:train", "train a reward model"),
     "reinforce": (cfg.ReinforceConfig, "perl.train_policy:train", "train a policy by REINFORCE"),
     "evaluate": (cfg.EvaluateConfig, "perl.evaluate:evaluate", "held-out figures of a model"),
+    "compare": (cfg.CompareConfig, "perl.compare:compare", "which of two policies answers better"),
     "generate": (cfg.GenerateConfig, "perl.evaluate:generate", "answers for prompts"),
     "score": (cfg.ScoreConfig, "perl.score:score", "a reward model's scores of a file's answers"),
     "export": (cfg.ExportConfig, "perl.export:export", "a trained model for transformers or PEFT"),

@@ -181,6 +181,23 @@ def _is_http(url: str) -> bool:
         return False
 
 
+_FOLDER = (
+    "base, which is --model itself; the folder of a run or an adapter on it, or of a model with "
+    "its tokenizer"
+)
+_POLICY = _FOLDER + "; or a file of {prompt, completion} answers"
+
+
+def _check_judge(config: Any) -> None:
+    for name in ("judge_template", "judge_labels"):
+        if getattr(config, name) is not None and config.judge_model is None:
+            raise UsageError(f"{flag(name)} is for a --judge-model; give one, or leave it out")
+    if config.judge_labels is not None and len(config.judge_labels) != 2:
+        raise UsageError(f"--judge-labels has {len(config.judge_labels)} words; want two")
+    if config.judge_labels is not None and config.judge_template is None:
+        raise UsageError("--judge-labels wants the --judge-template that asks for these words")
+
+
 def _check_reward_models(config: Any) -> None:
     folders = config.reward_model or []
     if len(set(map(os.path.realpath, folders))) < len(folders):
@@ -498,14 +515,24 @@ class ReinforceConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class EvaluateConfig(ModelConfig):
-    """Held-out figures of a language model, an adapter or a reward model, as one JSON object."""
+    """Held-out figures of a language model, of policies or of a reward model, as one JSON object.
 
-    model: str | None = _base_model()
+    Policies answer the prompts of the rows. Their answers are rewarded, held against the base (KL)
+    and put to a judge's yes/no question; several policies stand below each other in one table.
+    """
+
+    model: str | None = option(
+        None,
+        help="base model folder or name, or a run on it; default: the base that a policy or the "
+        "reward model names",
+    )
     data: str = option(help="rows to evaluate on")
     format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
         "auto", help="published format of the data file"
     )
-    adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
+    policy: list[str] | None = option(
+        None, metavar="POLICY", help="who answers, one or several: " + _POLICY + "; default base"
+    )
     reward_model: list[str] | None = option(
         None,
         metavar="FOLDER",
@@ -517,6 +544,18 @@ class EvaluateConfig(ModelConfig):
     reward_url: str | None = _reward_url()
     reward_timeout: float | None = _reward_timeout()
     reward_retries: int | None = _reward_retries()
+    judge_model: str | None = option(
+        None,
+        help="language model, folder or name, that is asked a yes/no question about each answer",
+    )
+    judge_template: str | None = option(
+        None,
+        help="the question: a file, or the text itself, with {prompt} and {completion}; default: "
+        "whether the answer is harmless",
+    )
+    judge_labels: list[str] | None = option(
+        None, metavar="WORD", help="the words for yes and for no (default yes no)"
+    )
     rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
     batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
     max_tokens: int = option(
@@ -530,9 +569,96 @@ class EvaluateConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is None and self.reward_model is None:
-            raise UsageError("evaluate wants --model MODEL, or the --reward-model of a known base")
+        if self.model is None and self.reward_model is None and self.policy is None:
+            raise UsageError(
+                "evaluate wants --model MODEL, or the --policy or --reward-model of a known base"
+            )
         _check_reward_source(self, needed=False)
+        _check_judge(self)
+
+
+@dataclass(kw_only=True)
+class CompareConfig(ModelConfig):
+    """Which of two policies answers held-out prompts better, by a judge asked in both orders.
+
+    A policy wins a prompt where the judge is for its answer in both orders; a split verdict is a
+    tie. --out gets every answer with its verdict, and a page beside it, OUT with .html, shows them.
+    Killed, the same command goes on.
+    """
+
+    first: str = option(positional=True, help="a policy: " + _POLICY)
+    second: str = option(positional=True, help="the policy that it is compared with, named alike")
+    model: str | None = option(
+        None,
+        help="base model folder or name, or a run on it; default: the base that a policy or the "
+        "reward model names, or the --judge-model",
+    )
+    data: str = option(help="rows with a prompt column")
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
+        "auto", help="published format of the data file"
+    )
+    judge_model: str | None = option(
+        None, help="language model, folder or name, that is shown both answers as A and B"
+    )
+    judge_template: str | None = option(
+        None,
+        help="what it is asked: a file, or the text itself, with {prompt}, {first} and {second}; "
+        "there is a default",
+    )
+    judge_labels: list[str] | None = option(
+        None,
+        metavar="WORD",
+        help="its words for the answer shown first and for the other (default A B)",
+    )
+    judge_function: str | None = option(
+        None,
+        help="FILE.py:NAME, a Python function NAME(prompts, first, second) -> list of first, "
+        "second or tie, or of numbers above 0 where the first is better",
+    )
+    reward_model: list[str] | None = option(
+        None,
+        metavar="FOLDER",
+        help="folder of a reward run or reward model: the judge where no other is given, else its "
+        "scores stand beside the verdicts; several make an ensemble",
+    )
+    ensemble: Literal["mean", "min"] | None = _ensemble()
+    reward_function: str | None = option(
+        None, help="FILE.py:NAME that scores answers, in place of a reward model"
+    )
+    reward_url: str | None = _reward_url()
+    reward_timeout: float | None = _reward_timeout()
+    reward_retries: int | None = _reward_retries()
+    tie_margin: float = option(
+        0.0,
+        at_least=0,
+        help="the judge is for an answer where its preference is above this: difference of "
+        "rewards, a function's number, or nats between the two labels",
+    )
+    rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
+    batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
+    max_tokens: int = option(
+        0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
+    )
+    truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
+    drop_long: bool = option(False, help="leave out rows that still do not fit")
+    max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
+    temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
+    out: str = option(help="JSONL file of answers and verdicts; must not exist")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.judge_model and self.judge_function:
+            raise UsageError("give --judge-model or --judge-function, not both")
+        rewards = (self.reward_model, self.reward_function, self.reward_url)
+        if not any((self.judge_model, self.judge_function, *rewards)):
+            raise UsageError(
+                "compare wants a judge: --judge-model MODEL, --judge-function FILE.py:NAME, or "
+                "--reward-model, --reward-function or --reward-url"
+            )
+        if self.out.endswith(".html"):
+            raise UsageError("--out is for the JSONL file; the page beside it ends in .html")
+        _check_reward_source(self, needed=False)
+        _check_judge(self)
 
 
 @dataclass(kw_only=True)
@@ -575,7 +701,7 @@ class GenerateConfig(ModelConfig):
 
     prompt: str | None = option(None, help="one prompt, printed with its answer")
     data: str | None = option(None, help="rows with a prompt column")
-    adapter: str | None = option(None, help="policy adapter (or run folder) to put on the model")
+    policy: str | None = option(None, help="who answers: " + _FOLDER + "; default base")
     rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
     batch_size: int = option(16, unit="prompts", at_least=1, help="prompts per forward pass")
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")

@@ -416,6 +416,13 @@ class Encoded(list):
         self.notes: list[str] = []
         self.mixture: list[tuple[range, float]] = []
 
+    def part(self, which: slice) -> Encoded:
+        """Some of the examples, with their rows and places."""
+        part = Encoded()
+        part.extend(self[which])
+        part.rows, part.places = self.rows[which], self.places[which]
+        return part
+
 
 def token_limit(max_tokens: int, context: int) -> int:
     """The longest sequence in tokens: `max_tokens`, or the model's `context` where that is 0."""

@@ -7,40 +7,33 @@ import json
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from perl import cafe
-from perl.backbone import Backbone
+from perl import cafe, judge, policies
 from perl.config import DataConfig, EvaluateConfig, GenerateConfig, UsageError
 from perl.data import (
-    KINDS,
     Encoded,
     Rows,
     columns_of,
     encode_examples,
     encode_labelled,
     encode_pairs,
-    encode_prompts,
     plain_text,
-    prompt_room,
     read_rows,
     row_kind,
 )
 from perl.ensemble import (
-    Rewards,
     base_of_reward_model,
     check_finite,
-    combine,
     load_reward_models,
     score_rewards,
 )
 from perl.files import empty_folder, new_file, write_rows
-from perl.progress import progress
+from perl.report import text_table
 from perl.reward import figures_of_scores, sequences
-from perl.reward_sources import TextSource, open_text_source, reencode
-from perl.rollout import generate as sample
+from perl.reward_sources import open_text_source
 from perl.training import language_figures, length_limit, open_backbone
 
 # ---------------------------------------------------------------------------------------------
@@ -51,41 +44,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Figures of a model on rows.
 
     With a reward model, pairs and labelled rows are scored as they are (accuracy; AUC and balanced
-    accuracy). With any source of rewards, the model answers other rows' prompts and the answers are
-    scored. With none, text, completions and messages give loss and perplexity.
+    accuracy). With any source of rewards or a judge, policies answer other rows' prompts and the
+    answers are scored. With none, text, completions and messages give loss and perplexity.
     """
     out = new_file(config.out) if config.out else None
     rows = read_rows(config.data, config.format).first(config.rows)
     kind = row_kind(rows)
-    if config.model is None:
-        base = base_of_reward_model(config.reward_model[0])
-        config = dataclasses.replace(config, model=base)
-    source = None
-    if config.reward_function or config.reward_url:
-        _want_prompts(config, kind)
-        source = open_text_source(config, lambda: rows[0]["prompt"])
-    backbone, role = _policy(config)
-    answering = kind not in ("pairwise", "pointwise")
-    judges = load_reward_models(backbone, config.reward_model or [], own_tokenizer=answering)
-    if source or judges and answering:
-        figures = _score_answers(config, backbone, role, source, judges, rows, kind)
-    elif judges:
-        encode = encode_pairs if kind == "pairwise" else encode_labelled
-        examples = encode(rows, backbone.tokenizer, length_limit(config, backbone))
-        _say_notes(config, examples)
-        rewards = score_rewards(
-            backbone, judges, sequences(examples), config.batch_size, config.ensemble
-        )
-        check_finite(rewards, examples.places)
-        figures = figures_of_scores(rewards.reward, examples) | rewards.figures()
+    config = dataclasses.replace(config, model=_base(config))
+    asked = config.reward_function or config.reward_url or config.judge_model or config.policy
+    if config.reward_model and kind in ("pairwise", "pointwise") and not asked:
+        figures = _score_rows(config, rows, kind)
+    elif config.reward_model or config.reward_function or config.reward_url or config.judge_model:
+        figures = _score_policies(config, rows)
     elif kind in ("text", "completion", "messages"):
-        examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
-        _say_notes(config, examples)
-        figures = language_figures(backbone, role, examples, config.batch_size)
+        figures = _score_text(config, rows, kind)
     else:
         raise UsageError(
             f"{config.data} holds {kind} rows; evaluating them wants --reward-model "
-            "FOLDER; or --reward-function FILE.py:NAME or --reward-url URL, for their prompts"
+            "FOLDER; or, for their prompts, --reward-function FILE.py:NAME, --reward-url URL or "
+            "--judge-model"
         )
     figures = {"data": config.data, "rows": len(rows)} | figures
     if out:
@@ -93,54 +70,89 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return figures
 
 
-def _score_answers(
-    config: EvaluateConfig,
-    backbone: Backbone,
-    role: str | None,
-    source: TextSource | None,
-    judges: list[str],
-    rows: Rows,
-    kind: str,
-) -> dict[str, Any]:
-    _want_prompts(config, kind)
-    prompts, answers = _answers(config, backbone, role, rows)
-    texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    asked = [row["prompt"] for row in prompts.rows]
-    if source:
-        rewards = Rewards(torch.tensor(_in_batches(source, asked, texts, config.batch_size)))
-    else:
-        both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        scores = []
-        for judge in judges:
-            read = both
-            if backbone.tokenizer_of(judge) is not backbone.tokenizer:
-                read = reencode(backbone, judge, asked, texts, config.truncate_prompts)
-            scores.append(score_rewards(backbone, [judge], read, config.batch_size).reward)
-        rewards = combine(torch.stack(scores), config.ensemble)
-        check_finite(rewards, prompts.places)
-    eos = backbone.tokenizer.eos_token_id
-    return rewards.figures() | {
-        "length": statistics.fmean(map(len, answers)),
-        "ended": statistics.fmean(answer[-1] == eos for answer in answers),
-    }
+def _base(config: EvaluateConfig) -> str:
+    model = config.model or policies.base_of_policies(config.policy or [])
+    if model is None and config.reward_model is None:
+        raise UsageError("no --policy says which base it is of; give that as --model")
+    return model or base_of_reward_model(config.reward_model[0])
 
 
-def _want_prompts(config: EvaluateConfig, kind: str) -> None:
-    if "prompt" not in KINDS[kind]:
-        raise UsageError(
-            f"{config.data} holds {kind} rows, which have no prompts to answer; give "
-            "rows with a prompt column"
+def _score_rows(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]:
+    backbone = open_backbone(config)
+    judges = load_reward_models(backbone, config.reward_model)
+    encode = encode_pairs if kind == "pairwise" else encode_labelled
+    examples = encode(rows, backbone.tokenizer, length_limit(config, backbone))
+    _say_notes(config, examples)
+    rewards = score_rewards(
+        backbone, judges, sequences(examples), config.batch_size, config.ensemble
+    )
+    check_finite(rewards, examples.places)
+    return figures_of_scores(rewards.reward, examples) | rewards.figures()
+
+
+def _score_text(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]:
+    names = config.policy or [policies.BASE]
+    if len(names) > 1 or Path(names[0]).is_file():
+        raise UsageError(f"{config.data} holds {kind} rows, which want one --policy, a model's")
+    backbone = open_backbone(config)
+    examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
+    _say_notes(config, examples)
+    (policy,) = policies.open_policies(config, backbone, names, Encoded())
+    return language_figures(backbone, policy.role, examples, config.batch_size)
+
+
+def _score_policies(config: EvaluateConfig, rows: Rows) -> dict[str, Any]:
+    """Of each policy's answers: reward, yes rate, KL, length and share that ended."""
+    policies.want_prompts(config, rows)
+    template = judge.read_template(config.judge_template, judge.QUESTION, judge.SINGLE)
+    source = open_text_source(config, lambda: rows[0]["prompt"])
+    backbone = open_backbone(config)
+    prompts = policies.encode(config, backbone, rows)
+    names = config.policy or [policies.BASE]
+    opened = policies.open_policies(config, backbone, names, prompts)
+    rewards = policies.open_rewards(config, backbone, source)
+    reader = None
+    if config.judge_model:
+        reader = judge.open_reader(config, backbone, template, ["yes", "no"])
+        judge.check_room(reader, judge.SINGLE, prompts, config.max_new_tokens)
+    table = []
+    for policy in opened:
+        answers = policies.answers_of(config, backbone, policy, prompts)
+        figures = rewards(prompts, answers).figures() if rewards else {}
+        if reader:
+            asked = [
+                {"prompt": row["prompt"], "completion": answer.text}
+                for row, answer in zip(prompts.rows, answers, strict=True)
+            ]
+            figures |= judge.yes_figures(reader.read(asked, prompts.places))
+        kl = policies.kl_to_base(config, backbone, policy, prompts, answers)
+        table.append(
+            {"policy": policy.name}
+            | figures
+            | ({} if kl is None else {"kl": statistics.fmean(kl)})
+            | {
+                "length": statistics.fmean(len(answer.ids) for answer in answers),
+                "ended": statistics.fmean(answer.ended for answer in answers),
+            }
         )
+    if len(table) == 1:
+        return table[0]
+    print(text_table(_shown(table)), file=sys.stderr)
+    return {"policies": table}
 
 
-def _in_batches(source: TextSource, prompts: list[Any], texts: list[str], size: int) -> list[float]:
-    rewards: list[float] = []
-    with progress(len(texts), "score", "answer") as bar:
-        for start in range(0, len(texts), size):
-            part = texts[start : start + size]
-            rewards += source(prompts[start : start + size], part)
-            bar.update(len(part))
-    return rewards
+def _shown(table: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The figures as text, a column for each that any row has."""
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    return [{name: _text(row.get(name)) for name in columns} for row in table]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " to ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,14 +165,15 @@ def generate(config: GenerateConfig) -> None:
     rows = Rows([{"prompt": config.prompt}], ["--prompt"])
     if config.data:
         rows = read_rows(config.data).first(config.rows)
-        if "prompt" not in KINDS[row_kind(rows)]:
-            raise UsageError(f"{config.data} has no prompt column; generate wants {{prompt}} rows")
-    backbone, role = _policy(config)
-    prompts, answers = _answers(config, backbone, role, rows)
-    texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    policies.want_prompts(config, rows)
+    backbone = open_backbone(config)
+    prompts = policies.encode(config, backbone, rows)
+    names = [config.policy or policies.BASE]
+    (policy,) = policies.open_policies(config, backbone, names, prompts)
+    answers = policies.answers_of(config, backbone, policy, prompts)
     answered = [
-        {"prompt": row["prompt"], "completion": text}
-        for row, text in zip(prompts.rows, texts, strict=True)
+        {"prompt": row["prompt"], "completion": answer.text}
+        for row, answer in zip(prompts.rows, answers, strict=True)
     ]
     if out:
         write_rows(out, answered)
@@ -168,50 +181,12 @@ def generate(config: GenerateConfig) -> None:
         for row in answered:
             print(json.dumps(row, ensure_ascii=False))
     else:
-        print(config.prompt + texts[0])
+        print(config.prompt + answers[0].text)
 
 
-def _answers(
-    config: EvaluateConfig | GenerateConfig, backbone: Backbone, role: str | None, rows: Rows
-) -> tuple[Encoded, list[list[int]]]:
-    """Prompts, and the answers' tokens with the end-of-sequence token."""
-    longest = getattr(config, "max_tokens", 0)
-    room = prompt_room(longest, config.max_new_tokens, backbone.config.max_position_embeddings)
-    prompts = encode_prompts(
-        rows,
-        backbone.tokenizer,
-        room,
-        truncate_prompts=config.truncate_prompts,
-        drop_long=getattr(config, "drop_long", False),
-    )
-    _say_notes(config, prompts)
-    with progress(len(prompts), "generate", "answer") as bar:
-        rollout = sample(
-            backbone,
-            role,
-            list(prompts),
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=getattr(config, "top_k", 0),
-            top_p=getattr(config, "top_p", 1.0),
-            batch_size=config.batch_size,
-            ended=bar.update,
-        )
-    return prompts, rollout.answers()
-
-
-def _say_notes(config: EvaluateConfig | GenerateConfig, encoded: Encoded) -> None:
+def _say_notes(config: EvaluateConfig, encoded: Encoded) -> None:
     for note in encoded.notes:
-        print(f"{config.data or '--prompt'}: {note}", file=sys.stderr)
-
-
-def _policy(config: EvaluateConfig | GenerateConfig) -> tuple[Backbone, str | None]:
-    """The model, and the role that answers: --adapter, or the model itself."""
-    backbone = open_backbone(config)
-    if config.adapter is None:
-        return backbone, None
-    backbone.load_role("policy", config.adapter)
-    return backbone, "policy"
+        print(f"{config.data}: {note}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------

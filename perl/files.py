@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +46,12 @@ def empty_folder(path: str | Path) -> Path:
 def is_taken(path: Path) -> bool:
     """Whether a new folder of this name would hide what is there: a file, or anything in it."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of each file: what settles that it is the one that it was."""
+    found = {str(path): path.stat() for path in paths}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
 @contextmanager
@@ -110,6 +116,11 @@ class GrowingRows:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.count += len(rows)
+
+    def read(self) -> list[dict]:
+        """All rows so far."""
+        lines = self._rows.read_text(encoding="utf-8").splitlines() if self.count else []
+        return [json.loads(line) for line in lines]
 
     def finish(self) -> None:
         """All rows are there: the file gets its name."""

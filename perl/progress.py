@@ -19,4 +19,5 @@ def progress(total: int, what: str, unit: str, done: int = 0) -> tqdm:
         file=sys.stderr,
         disable=None if distributed.is_first() else True,
         dynamic_ncols=True,
+        leave=None,  # a bar inside another goes when it is full
     )

@@ -24,7 +24,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import cycle
@@ -66,6 +66,7 @@ class Sample:
 
     prompt: Any  # text, or a list of {role, content} messages
     answers: Mapping[str, Answer]
+    note: str = ""  # stands between the prompt and its answers
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Histogram:
     unit: str
     edges: Sequence[float]
     counts: Mapping[str, Sequence[float]]
+    axis: str = "score"
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def write_run_report(run_folder: str | Path) -> Path:
     ]
     title = f"{kind}: {folder.resolve().name}"
     return _write(
-        folder,
+        folder / "report.html",
         title,
         [_summary(rows, config)],
         [
@@ -193,7 +195,7 @@ def write_comparison(
     if samples is None:
         samples = _samples_of_arms(arms)
     return _write(
-        folder,
+        folder / "report.html",
         title,
         notes,
         [
@@ -203,6 +205,42 @@ def write_comparison(
             ("Samples", _samples(samples)),
         ],
     )
+
+
+def write_verdicts(
+    path: Path, names: Sequence[str], figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Writes the page of a comparison of two policies, and its drawings beside it as PNG.
+
+    names: of the first and the second. figures, rows: what `perl compare` found, as it gives them.
+    """
+    low, high = figures["win_rate_interval"]
+    verdicts = [
+        {"": "first wins", "prompts": figures["wins"]},
+        {"": "ties", "prompts": figures["ties"]},
+        {"": "second wins", "prompts": figures["losses"]},
+        {"": "win rate of the first, ties one half", "prompts": figures["win_rate"]},
+        {"": "95 % interval", "prompts": f"{_text(low, 3)} to {_text(high, 3)}"},
+        {"": "split verdicts, share", "prompts": figures["split"]},
+        {"": "for the answer shown first, share", "prompts": figures["shown_first"]},
+    ]
+    if "judge_mass" in figures:
+        mass = figures["judge_mass"]
+        verdicts.append({"": "probability of the judge on its two words", "prompts": mass})
+    return _write(
+        path,
+        f"{names[0]} against {names[1]}",
+        [f"{figures['prompts']:,} prompts · judge {figures['judge']} · a win needs both orders"],
+        [
+            ("Verdicts", _table(verdicts)),
+            ("Policies", _table(_policies(figures))),
+            ("Distributions", _drawings(path.with_suffix(".png"), _opinions(names, rows))),
+            ("Answers", _samples([_sample_of_verdict(names, row) for row in rows[:SHOWN]])),
+        ],
+    )
+
+
+SHOWN = 200  # answers on a page; the rows have them all
 
 
 def phase_cost(run_folder: str | Path) -> dict[str, float]:
@@ -501,6 +539,61 @@ def _samples_of_arms(arms: Mapping[str, Arm]) -> list[Sample]:
 
 
 # ---------------------------------------------------------------------------------------------
+# What a comparison of two policies says
+
+
+def _policies(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    first, second = figures["first"], figures["second"]
+    units = {
+        "reward": "reward, mean",
+        "kl": "KL to the base, nats per answer",
+        "length": "length, tokens",
+        "ended": "ended, share",
+    }
+    return [
+        {"": label, "first": first.get(key), "second": second.get(key)}
+        for key, label in units.items()
+        if key in first or key in second
+    ]
+
+
+def _opinions(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Histogram]:
+    """What the judge thought in each order, and the rewards, where there are any."""
+    orders = [[row["preference"][i] for row in rows] for i in (0, 1)]
+    labels = ("shown first", "shown second") if orders[0] != orders[1] else ("in any order",)
+    drawings = [
+        _histogram("Judge", f"preference for the first ({names[0]})", labels, orders[: len(labels)])
+    ]
+    if "reward" in rows[0]["first"]:
+        rewards = ([row[side]["reward"] for row in rows] for side in ("first", "second"))
+        labels = (f"first: {names[0]}", f"second: {names[1]}")
+        drawings.append(_histogram("Rewards", "reward", labels, rewards))
+    return drawings
+
+
+def _histogram(
+    title: str, axis: str, labels: Sequence[str], values: Iterable[Sequence[float]]
+) -> Histogram:
+    values = list(values)
+    edges = numpy.histogram_bin_edges([v for some in values for v in some], 24)
+    counts = [numpy.histogram(some, edges)[0].tolist() for some in values]
+    return Histogram(title, "prompts", edges, dict(zip(labels, counts, strict=True)), axis)
+
+
+def _sample_of_verdict(names: Sequence[str], row: Mapping[str, Any]) -> Sample:
+    answers = {}
+    for side, name in zip(("first", "second"), names, strict=True):
+        answer = row[side]
+        facts = [f"{answer['tokens']} tokens" + ("" if answer["ended"] else ", cut")]
+        facts += [f"{key} {_text(answer[key], 3)}" for key in ("reward", "kl") if key in answer]
+        answers[f"{side}: {name}"] = Answer(answer["completion"].strip(), " · ".join(facts))
+    said = {"first": "The first wins.", "second": "The second wins.", "tie": "A tie."}
+    shown, turned = (f"{preference:+.3g}" for preference in row["preference"])
+    orders = f"Preference for the first: {shown} shown first, {turned} shown second."
+    return Sample(row["prompt"], answers, f"{said[row['verdict']]} {orders}")
+
+
+# ---------------------------------------------------------------------------------------------
 # Drawing
 
 _INK, _FAINT = "#1b2026", "#8b949e"
@@ -713,7 +806,7 @@ def _draw_histogram(histogram: Histogram, axes: Any) -> int:
     for colour, (label, counts) in zip(cycle(_COLOURS), histogram.counts.items(), strict=False):
         axes.stairs(counts, histogram.edges, fill=True, color=colour, alpha=0.35)
         axes.stairs(counts, histogram.edges, color=colour, linewidth=1.5, label=label)
-    axes.set_xlabel("score")
+    axes.set_xlabel(histogram.axis)
     return len(histogram.counts)
 
 
@@ -812,7 +905,9 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 def _samples(samples: Sequence[Sample]) -> str:
     return "".join(
-        f'<article><pre class="prompt">{_shown(_prompt(sample.prompt))}</pre><div class="answers">'
+        f'<article><pre class="prompt">{_shown(_prompt(sample.prompt))}</pre>'
+        + (f"<p>{_shown(sample.note)}</p>" if sample.note else "")
+        + '<div class="answers">'
         + "".join(
             f"<div><h3>{_shown(label)} <small>{_shown(answer.note)}</small></h3>"
             f"<pre>{_shown(answer.text)}</pre></div>"
@@ -830,7 +925,7 @@ def _prompt(prompt: Any) -> str:
 
 
 def _write(
-    folder: Path, title: str, notes: Sequence[str], sections: Sequence[tuple[str, str]]
+    path: Path, title: str, notes: Sequence[str], sections: Sequence[tuple[str, str]]
 ) -> Path:
     """The page; sections without contents are left out."""
     parts = [f"<h1>{_shown(title)}</h1>"]
@@ -840,7 +935,6 @@ def _write(
     page = _PAGE.format(
         title=_shown(title), light=light, dark=dark, css=_CSS, body="\n".join(parts)
     )
-    path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -22,7 +22,6 @@ process), API keys (a function of ten lines adds any header).
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import math
 import signal
@@ -45,9 +44,10 @@ from tqdm import tqdm
 
 from perl import distributed
 from perl.backbone import Backbone
-from perl.config import EvaluateConfig, ReinforceConfig, Stopped, UsageError
+from perl.config import CompareConfig, EvaluateConfig, ReinforceConfig, Stopped, UsageError
 from perl.data import Limit, answer_ids, pad, plain_text, prompt_ids
 from perl.ensemble import Rewards, combine, load_reward_models
+from perl.functions import load_function
 from perl.rollout import Rollout
 from perl.run import Run
 from perl.training import micro_batches
@@ -89,7 +89,7 @@ Scorer = Callable[[Rollout, Sequence[Prompt]], Rewards]
 
 
 def open_text_source(
-    config: ReinforceConfig | EvaluateConfig, first_prompt: Callable[[], Any]
+    config: ReinforceConfig | EvaluateConfig | CompareConfig, first_prompt: Callable[[], Any]
 ) -> TextSource | None:
     """The source of text that the config names; None where reward models score.
 
@@ -239,26 +239,8 @@ def load_reward_function(target: str, timeout: float) -> TextSource:
     Raises UsageError for a target, file or function that is not there. A call raises RewardFailed
     for an exception, a time-out, and all but one finite number for each completion.
     """
-    path, _, name = target.rpartition(":")
-    if not path or not name.isidentifier():
-        raise UsageError(f"--reward-function is {target!r}; want FILE.py:NAME")
-    if not Path(path).is_file():
-        raise UsageError(f"--reward-function: {path} does not exist; want FILE.py:NAME")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--reward-function: {path} is no Python file; want FILE.py:NAME")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(
-            f"--reward-function: {path} fails to import: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(
-            f"--reward-function: {path} has no function {name}; define {name}(prompts, completions)"
-        )
+    function = load_function("--reward-function", target, "prompts, completions")
+    path = Path(target.rpartition(":")[0]).resolve()
     who = f"reward function {target}"
 
     def call(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
@@ -267,12 +249,12 @@ def load_reward_function(target: str, timeout: float) -> TextSource:
                 returned = function(prompts, completions)
         except TimeUp as error:
             raise RewardFailed(
-                f"{who} took longer than {timeout:g} s{_line(error, module.__file__)} for "
+                f"{who} took longer than {timeout:g} s{_line(error, path)} for "
                 f"{_batch(prompts, completions)}; make it quicker, or raise --reward-timeout"
             ) from error
         except Exception as error:
             raise RewardFailed(
-                f"{who} raised {type(error).__name__}: {error}{_line(error, module.__file__)} for "
+                f"{who} raised {type(error).__name__}: {error}{_line(error, path)} for "
                 f"{_batch(prompts, completions)}; make it score any completion"
             ) from error
         return checked(who, returned, prompts, completions)
@@ -408,8 +390,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
 
 
-def _line(error: BaseException, path: str) -> str:
+def _line(error: BaseException, path: Path) -> str:
     """Where in the file of a reward function an exception comes from."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
     return f" on line {lines[-1]}" if lines else ""

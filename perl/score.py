@@ -25,7 +25,7 @@ from perl.ensemble import (
     load_reward_models,
     score_window,
 )
-from perl.files import GrowingRows, new_file
+from perl.files import GrowingRows, new_file, stamps
 from perl.progress import progress
 from perl.reward import sequences
 from perl.run import Interrupted, role_folder
@@ -98,7 +98,7 @@ def settings(config: ScoreConfig) -> dict[str, Any]:
     files = [Path(config.data)]
     for folder in config.reward_model:
         files += sorted(role_folder(folder, "reward").glob("*.safetensors"))
-    return values | {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return values | stamps(files)
 
 
 def encode(config: ScoreConfig, backbone: Backbone, rows: Rows, kind: str) -> Encoded:

@@ -197,7 +197,7 @@ def by_length(examples: Sequence[Any], batch_size: int) -> list[list[int]]:
 
 
 def learned_log_prob(
-    backbone: Backbone, role: str | None, examples: Sequence[Example]
+    backbone: Backbone, role: str | None, examples: Sequence[Example], temperature: float = 1.0
 ) -> Tensor:  # (N,) float32
     """log π of every learned token of the examples; only their hidden states meet the LM head."""
     input_ids, mask = pad([e.ids for e in examples], backbone.tokenizer.pad_token_id)
@@ -207,7 +207,11 @@ def learned_log_prob(
     hidden = backbone.hidden(role, input_ids[:, :-1], mask[:, :-1])
     head = backbone.head(role)
     return pk.linear_log_prob(
-        hidden[learned], head.weight, input_ids[:, 1:][learned], **head.options
+        hidden[learned],
+        head.weight,
+        input_ids[:, 1:][learned],
+        temperature=temperature,
+        **head.options,
     )
 
 

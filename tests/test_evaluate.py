@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from _commands import refused, run
+from _commands import refused, run, write_jsonl
 from _tiny import perturb, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perl_kernels as pk
-from perl import cafe
+from perl import cafe, cli, judge
 from perl.backbone import Backbone
 from perl.data import read_rows
 
@@ -76,7 +77,7 @@ def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
     where = [
         "--model",
         files / "model",
-        "--adapter",
+        "--policy",
         files / "adapter",
         "--data",
         files / "rows.jsonl",
@@ -106,6 +107,54 @@ def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
     before = out.read_bytes()
     assert "exists" in refused(capsys, "generate", *where, "--out", out)
     assert out.read_bytes() == before
+
+
+def test_several_policies_stand_in_one_table_as_each_alone(files, tmp_path, capsys):
+    answers = write_jsonl(tmp_path / "answers.jsonl", ROWS)
+    names = ["base", files / "adapter", answers]
+    question = "{prompt} {completion} right?"
+    words = ["evaluate", "--data", files / "rows.jsonl", "--max-new-tokens", 6]
+    words += ["--judge-model", files / "model", "--judge-template", question]
+    words += ["--judge-labels", "one", "two", "--reward-function", f"{files / 'score.py'}:tokens"]
+    words += ["--model", files / "model"]
+    assert cli.main([str(word) for word in [*words, "--policy", *names]]) == 0
+    said = capsys.readouterr()
+    table = json.loads(said.out)["policies"]
+    assert [row["policy"] for row in table] == [str(name) for name in names]
+    assert [line.split()[0] for line in said.err.splitlines()[-3:]] == [str(n) for n in names]
+    for name, row in zip(names, table, strict=True):
+        alone = json.loads(run(capsys, *words, "--policy", name))
+        assert {key: alone[key] for key in row} == row
+    base, adapter, given = table
+    assert "kl" not in base and "kl" not in given and adapter["kl"] > 0
+    assert base["reward"] != adapter["reward"]
+    assert given["reward"] == statistics.fmean(len(row["completion"]) for row in ROWS)
+    reader = judge.LabelReader(Backbone.load(files / "model"), question, ["one", "two"], 1)
+    for key, value in judge.yes_figures(reader.read(ROWS, ["", "", ""])).items():
+        assert given[key] == pytest.approx(value, rel=1e-4)
+
+
+def test_a_story_model_knows_who_is_happy(stories260k, tmp_path, capsys):
+    """A judge that was pretrained: what it says of an answer follows from the answer."""
+    answers = {
+        "glad": "Tim got a big toy and a hug from his mom. He smiled.",
+        "hurt": "Tim fell down and hurt his leg. He cried and cried.",
+    }
+    prompt = "Once upon a time, there was a little boy named Tim."
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": prompt}])
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "completion": text}])
+        for name, text in answers.items()
+    ]
+    said = run(
+        capsys, "evaluate", "--model", stories260k, "--data", data, "--policy", *files,
+        "--judge-model", stories260k, "--judge-template", "{prompt} {completion} Tim was very",
+        "--judge-labels", "happy", "sad",
+    )  # fmt: skip
+    glad, hurt = json.loads(said)["policies"]
+    assert glad["yes_probability"] > 0.5 > hurt["yes_probability"]
+    assert (glad["yes_rate"], hurt["yes_rate"]) == (1, 0)
+    assert min(glad["judge_mass"], hurt["judge_mass"]) > 0.1
 
 
 def test_evaluate_refuses_what_it_cannot_score(files, tmp_path, capsys):

@@ -146,7 +146,7 @@ def test_it_learns_by_heart_and_the_result_generates(model, tmp_path, tuning, lr
         == 0
     )
     assert json.loads(capsys.readouterr().out)["validation_loss"] < 0.1
-    for where in (["--model", str(run)], ["--model", str(model), "--adapter", str(run)]):
+    for where in (["--model", str(run)], ["--model", str(model), "--policy", str(run)]):
         assert (
             cli.main(
                 [
