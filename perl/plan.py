@@ -143,10 +143,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _everything(index: Tensor | None) -> tuple[Tensor | None, ...]:
-    """A mask as the indices of all that it could choose."""
+    """A mask as so many indices as it could choose."""
     if index is None or index.dtype != torch.bool:
         return (index,)
-    every = torch.empty(index.numel(), dtype=torch.int64, device=index.device)
+    every = torch.zeros(index.numel(), dtype=torch.int64, device=index.device)
     return (every,) * index.dim()
 
 
