@@ -913,9 +913,12 @@ class PlanConfig(Config):
         False, help="reward: keep only the inputs of decoder layers, and run them again in backward"
     )
     prompts_per_step: int = _as_in(ReinforceConfig, "prompts_per_step")
+    answers_per_prompt: int = _as_in(ReinforceConfig, "answers_per_prompt")
     max_new_tokens: int = _as_in(ReinforceConfig, "max_new_tokens")
     kl_in: Literal["reward", "loss"] = _as_in(ReinforceConfig, "kl_in")
-    baseline: Literal["value", "batch_mean", "none"] = _as_in(ReinforceConfig, "baseline")
+    baseline: Literal["value", "batch_mean", "none"] = option(
+        "value", help="what is subtracted from the return; value: a model of its own"
+    )
     reward_models: int = option(
         1, at_least=0, help="reinforce: how many score the answers; 0 = a function does"
     )
