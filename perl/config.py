@@ -649,6 +649,7 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         if self.judge_model and self.judge_function:
             raise UsageError("give --judge-model or --judge-function, not both")
+        _check_judge(self)
         rewards = (self.reward_model, self.reward_function, self.reward_url)
         if not any((self.judge_model, self.judge_function, *rewards)):
             raise UsageError(
@@ -658,7 +659,6 @@ class CompareConfig(ModelConfig):
         if self.out.endswith(".html"):
             raise UsageError("--out is for the JSONL file; the page beside it ends in .html")
         _check_reward_source(self, needed=False)
-        _check_judge(self)
 
 
 @dataclass(kw_only=True)
