@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perl.backbone import Backbone, Head
+import perl_kernels as pk
+from perl.backbone import Backbone
 from perl.data import pad
 from perl.kv_cache import GroupCache, SlotCache
 
 REFILL = 0.75  # new prompts come in when no more than this share of the rows is taken
+BLOCK = 256  # tokens whose mass is summed in float32
 SPARE = 64  # columns of the cache beyond the longest answer: steps between two shifts
 
 
@@ -97,7 +99,10 @@ def generate(
     head = backbone.head(role)
 
     def choose(hidden: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return _choose(_logits(hidden, head), numbers, temperature, top_k, top_p)
+        logits = pk.linear_logits(
+            hidden, head.weight, temperature=temperature or 1.0, **head.options
+        )
+        return _choose(logits, numbers, temperature, top_k, top_p)
 
     batch = _Batch(backbone, role, prompts, max_new_tokens, stop, batch_size, draws, choose)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -339,53 +344,67 @@ def _in_graphs(backbone: Backbone) -> bool:
     return backbone.device.type == "cuda" and not backbone.sharded
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:  # (B, H) -> (B, V) float32
-    """Never rounded to 16 bits: the learner's log p is not either."""
-    weight, wide = head.weight, torch.float32
-    if weight.dtype == wide:
-        logits = F.linear(hidden, weight)
-    elif weight.is_cuda:
-        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
-    else:
-        logits = torch.cat([F.linear(hidden.to(wide), w.to(wide)) for w in weight.split(1024)], -1)
-    if head.bias is not None:
-        logits += head.bias
-    if head.a is not None:
-        logits += head.scale * F.linear(F.linear(hidden.to(wide), head.a.to(wide)), head.b.to(wide))
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
 def _choose(
-    logits: Tensor,  # (B, V)
+    logits: Tensor,  # (B, V), of the temperature that is asked for, or of 1 where that is 0
     draws: Tensor,  # (B,)
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> tuple[Tensor, Tensor]:  # (B,) tokens and their log π
-    log_prob = (logits / (temperature or 1.0)).log_softmax(-1)
+    peak = logits.amax(-1, keepdim=True)
+    mass = (logits - peak).exp_()
+    total = mass.sum(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        # The token at which the mass passes a share `draws` of the whole: float64, since a sum of
-        # 1e5 float32 terms loses the rare ones.
-        mass = truncate(log_prob.exp(), top_k, top_p).cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True).squeeze(-1)
-        token = token.clamp_(max=logits.shape[-1] - 1)  # NaN, which the trainer will name
-    return token, log_prob.gather(-1, token[:, None]).squeeze(-1)
+        token = _draw(truncate(mass, top_k, top_p), draws)
+    log_mass = (logits.gather(-1, token[:, None]) - peak).squeeze(-1)
+    return token, log_mass - total.log()
+
+
+def _draw(mass: Tensor, draws: Tensor) -> Tensor:  # (B, V), (B,) -> (B,)
+    """The tokens at which the mass passes a share `draws` of the whole.
+
+    First among blocks, then inside the one: sums over all V in float32 would lose the rare tokens,
+    and in float64 they take as long as all the rest.
+    """
+    vocabulary = mass.shape[-1]
+    if short := -vocabulary % BLOCK:
+        mass = F.pad(mass, (0, short))
+    blocks = mass.unflatten(-1, (-1, BLOCK))
+    passed = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    wanted = draws[:, None] * passed[:, -1:]
+    block = torch.searchsorted(passed, wanted, right=True).clamp_(max=blocks.shape[1] - 1)
+    inside = blocks[torch.arange(len(blocks), device=mass.device), block[:, 0]]
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    # The block's sum is rounded once more than this one: so it is its share that counts.
+    start = F.pad(passed, (1, 0)).gather(-1, block)
+    share = (wanted - start) / (passed.gather(-1, block) - start)
+    found = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    token = (block * BLOCK + found).squeeze(-1)
+    return token.clamp_(max=vocabulary - 1)  # NaN, which the trainer will name
 
 
 def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     """Keeps the top_k likeliest tokens and, of those, the fewest that hold the mass top_p.
 
-    probs (..., V); the tokens cut get 0 and the rest keep their value (not renormalised). The
+    probs (..., V), up to a factor; the tokens cut get 0 and the rest keep their value. The
     likeliest token always stays; tokens as likely as the last one kept stay too.
     """
-    kept = min(top_k or probs.shape[-1], probs.shape[-1])
-    if kept == probs.shape[-1] and top_p == 1.0:
+    vocabulary = probs.shape[-1]
+    kept = min(top_k or vocabulary, vocabulary)
+    if kept == vocabulary and top_p == 1.0:
         return probs
+    whole = probs.sum(-1, keepdim=True)
+    if kept == vocabulary and not probs.is_cuda:  # a GPU would have to wait for the number
+        # Rarer ones hold less than 1 - top_p, all together: they are not worth sorting.
+        likely = probs >= (1.0 - top_p) / vocabulary * whole
+        kept = max(1, int(likely.sum(-1).max()))
     ranked = probs.topk(kept).values
+    if top_k:
+        whole = ranked.sum(-1, keepdim=True)
     mass_before = ranked.cumsum(-1) - ranked
-    last = (mass_before < top_p * ranked.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
+    last = (mass_before < top_p * whole).sum(-1, keepdim=True) - 1
     return probs.masked_fill(probs < ranked.gather(-1, last.clamp_(min=0)), 0.0)
 
 

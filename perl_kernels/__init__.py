@@ -28,7 +28,7 @@ from .adapters import (
 from .blocks import lean_blocks
 from .cpu_pool import empty_cpu_pool, use_cpu_pool
 from .explain import explain
-from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, policy_loss
+from .head import LinearKL, PolicyLoss, linear_kl, linear_log_prob, linear_logits, policy_loss
 from .layers import LoRALayer, LoRALinear
 from .log_prob import kl, log_prob, selective_log_softmax
 from .lora_linear import lora_linear
@@ -59,6 +59,7 @@ __all__ = [
     "lean_blocks",
     "linear_kl",
     "linear_log_prob",
+    "linear_logits",
     "load_adapter",
     "log_prob",
     "lora_linear",

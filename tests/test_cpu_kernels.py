@@ -63,9 +63,10 @@ def cases(count: int) -> range:
 
 
 # ------------------------------------------------------------------------------------------------
-# lora_linear. Rows: up to 8 or 32 are multiplied as they lie, up to 256 go to ATen in bfloat16
-# where the processor multiplies that; 121 and 259 are one past a block of 120 and past a float16
-# sum of sums. Columns: 193 and 385 are one past a tile of 192.
+# lora_linear. Rows: up to 8 or 32 meet the weight as it lies, up to 4 by sums across the lanes, and
+# 19 are past one vector; up to 256 go to ATen in bfloat16 where the processor multiplies that; 121
+# and 259 are one past a block of 120 and past a float16 sum of sums. Columns: 193 and 385 are one
+# past a tile of 192.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +74,7 @@ def lora_case(index: int, dtype: torch.dtype):
     choose = random.Random(index)
     torch.manual_seed(index)
     adapter_dtype = torch.float32 if choose.random() < 0.3 else dtype
-    n, d = choose.choice([1, 3, 7, 33, 64, 121, 259]), choose.choice([1, 3, 17, 123, 256, 300])
+    n, d = choose.choice([1, 3, 7, 19, 33, 64, 121, 259]), choose.choice([1, 3, 17, 123, 256, 300])
     projections = choose.choice([1, 1, 2, 3])
     out = [choose.choice([1, 7, 45, 193, 385]) for _ in range(projections)]
     rank = [choose.choice([1, 5, 16, 33, 129, 256]) for _ in range(projections)]
@@ -558,6 +559,7 @@ def everything():
             found += ops.head_units_cpu(*frozen, ref_hidden.to(dtype), None, None, *options)
             units = ops.head_units_cpu(*frozen, None, c[0], None, *options)
             found += [*units[:4], units[7]]
+    found += [ops.head_logits_cpu(hidden.to(dtype), head.to(dtype)) for dtype in DTYPES]
     logits, ref_logits = hidden @ head.T, ref_hidden @ head.T
     found += ops.logits_stats_cpu(logits, target, ref_logits, 1.0, 0.0, -100)
     found.append(ops.logits_grad_cpu(logits, target, ref_logits, *saved, *c, 1.0, 0.0, -100))

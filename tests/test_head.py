@@ -75,6 +75,31 @@ def test_log_prob_and_entropy(backend, sizes, options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (3, 129, 64), (17, 257, 65)], ids=str)
+def test_logits_are_not_rounded_to_16_bits(backend, sizes, options, dtype):
+    """The law of float32 for 16-bit inputs. 3 and 17 rows: below and above one vector."""
+    n, h, v = sizes
+    tensors = make(n, h, v, dtype, bias=bool(options), rank=3 if "softcap" in options else 0)
+    options = {**options, "scale": 0.5} if "a" in tensors else options
+    wide = {name: t if t is None else t.float() for name, t in tensors.items()}
+    with torch.no_grad():
+        found = pk.linear_logits(**tensors, **options)
+        plain = reference.linear_logits(**wide, **options)
+        exact = reference.linear_logits(**doubled(tensors), **options)
+        assert found.dtype == torch.float32
+        check_law("logits", found, plain, exact, torch.float32)
+        shaped = pk.linear_logits(**tensors | {"hidden": tensors["hidden"].view(1, n, h)})
+        assert shaped.shape == (1, n, v)
+
+
+def test_logits_have_no_gradient():
+    tensors = make(2, 3, 4, torch.float32)
+    with pytest.raises(ValueError, match="hidden requires grad, and linear_logits has no gradient"):
+        pk.linear_logits(**tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kl(backend, sizes, options, dtype):
     n, h, _ = sizes
@@ -690,6 +715,7 @@ def test_opcheck(backend):
         (hidden, frozen, bias, *adapter, target, ref_hidden, 0.5, 1.0, 0.0, -100),
     ):
         torch.library.opcheck(ops.head_stats.default, inputs)
+    torch.library.opcheck(ops.head_logits.default, (ref_hidden, frozen))
     frozen_adapter = tuple(t.detach() for t in adapter)
     c = torch.randn(2, 5)
     for a_b, rest in (

@@ -6,12 +6,11 @@ import pytest
 import torch
 import transformers
 from _architectures import build
-from _compare import check_law
 from _tiny import FAMILIES, SHAPE, perturb, tiny_model, tiny_tokenizer
 
 import perl_kernels as pk
 from perl import kv_cache, rollout
-from perl.backbone import Backbone, Head
+from perl.backbone import Backbone
 from perl.data import pad
 from perl.rollout import draw, generate, truncate
 
@@ -158,23 +157,6 @@ def test_log_prob_is_the_learners_with_temperature_and_before_truncation(family,
     assert_near(found.log_prob[:1], plain_log_prob)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_of_16_bits_are_not_rounded_to_16_bits(dtype):
-    hidden, weight, bias = torch.randn(5, 37), torch.randn(2500, 37), torch.randn(2500)
-    a, b = torch.randn(3, 37), torch.randn(2500, 3)
-
-    tensors = h, w, c, a, b = [t.to(dtype) for t in (hidden, weight, bias, a, b)]
-
-    def logits(wide):
-        h, w, c, a, b = (t.to(wide) for t in tensors)
-        return h @ w.T + 0.5 * (h @ a.T) @ b.T + c
-
-    found = rollout._logits(h, Head(w, c, None, a, b, scale=0.5))
-    plain, exact = logits(torch.float32), logits(torch.float64)
-    assert found.dtype == torch.float32
-    check_law("logits", found, plain, exact, torch.float32)
-
-
 def test_tokens_are_drawn_from_the_truncated_distribution():
     """4000 draws of one next token: each frequency within 4.5 standard errors."""
     backbone, draws = make(), 4000
@@ -239,6 +221,33 @@ def test_truncate_by_hand():
         (2, 0.5, [0.0, 0.4, 0.0, 0.0]),
     ):
         assert truncate(probs, top_k, top_p).tolist() == pytest.approx(kept), (top_k, top_p)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 1003])  # one block, just one, odd ones
+def test_top_p_without_sorting_the_rare(vocabulary):
+    probs = (5 * torch.randn(40, vocabulary, generator=seeded())).softmax(-1)
+    for top_p in (0.01, 0.5, 0.9, 0.999):
+        kept = truncate(probs, 0, top_p)
+        least = kept.where(kept > 0, 1.0).amin(-1, keepdim=True)
+        assert kept.equal(probs.where(probs >= least, 0.0))
+        mass = kept.double().sum(-1)
+        assert (mass >= top_p - 1e-6).all() and (mass - least[:, 0] < top_p + 1e-6).all()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 1003, 50257])
+def test_a_number_decides_the_token_whose_share_of_the_mass_it_falls_into(vocabulary):
+    """Up to rounding at its two ends; never a token without mass. The last one's end is 1."""
+    mass = (6 * torch.randn(400, vocabulary, generator=seeded())).exp()
+    mass[:, 1::3] = 0.0
+    draws = draw(400, 1, "cpu", seeded(1))[:, 0]
+    draws[0], draws[1] = 0.0, 1.0 - 2.0**-53
+    found = rollout._draw(mass, draws)
+    ends = mass.double().cumsum(-1)
+    number = draws * ends[:, -1]
+    end = ends.gather(-1, found[:, None])[:, 0]
+    own = mass.double().gather(-1, found[:, None])[:, 0]
+    off = torch.maximum(number - end, end - own - number) / ends[:, -1]
+    assert off.max() < 1e-7 and (own > 0).all()
 
 
 # ------------------------------------------------------------------------- continuous batching

@@ -78,6 +78,11 @@ struct Kernels {
       Dtype dtype, int64_t right_stride, int64_t count, int64_t n, float* out, int64_t ld_out,
       bool add);
 
+  // The same for at most column_panel left rows, packed: a panel [n][column_panel].
+  void (*spread)(
+      const float* left, int64_t rows, const void* right, Dtype dtype, int64_t right_stride,
+      int64_t count, int64_t n, float* out, int64_t ld_out, bool add);
+
   // Zero the elements of row[column .. column + n) whose random number is below threshold; values
   // points at `column`, a multiple of 8. The numbers are those of perl_kernels/_dropout.py.
   void (*drop)(

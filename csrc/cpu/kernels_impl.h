@@ -479,6 +479,41 @@ void dots(
   as(left, left_stride, rows, right, right_stride, count, n, out, ld_out, add);
 }
 
+// W right rows at a time, copied as floats block by block. Each of their elements is spread over the
+// lanes, one for each left row: no sum crosses them.
+void spread(
+    const float* left, int64_t rows, const void* right, Dtype dtype, int64_t right_stride,
+    int64_t count, int64_t n, float* out, int64_t ld_out, bool add) {
+  const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  alignas(64) float block[W][K_BLOCK];
+  for (int64_t first = 0; first < count; first += W) {
+    Floats found[COLUMN_PANEL / W][W] = {};
+    for (int64_t begin = 0; begin < n; begin += K_BLOCK) {
+      const int64_t length = n - begin < K_BLOCK ? n - begin : K_BLOCK;
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t row = first + j < count ? first + j : count - 1;
+        to_float(
+            static_cast<const char*>(right) + (row * right_stride + begin) * size, dtype, 1, length,
+            block[j]);
+      }
+      for (int64_t i = 0; i < rows; i += W) {
+        Floats sums[W] = {};
+        for (int64_t k = 0; k < length; ++k) {
+          const Floats value = load(left + (begin + k) * COLUMN_PANEL + i);
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < W; ++j) sums[j] += value * all(block[j][k]);
+        }
+        for (int64_t j = 0; j < W; ++j) found[i / W][j] += sums[j];
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      if (i % W == 0) transpose(found[i / W]);
+      float* to = out + i * ld_out + first;
+      store(to, add ? load(to) + found[i / W][i % W] : found[i / W][i % W]);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------
 // Dropout: Philox-4x32-7 of counter (column / 8, row, 0, 0), 16 bits for each of 8 columns. A lane
 // of 64 bits holds one word of one counter in its low half; what is left in the high half is never
@@ -820,8 +855,8 @@ constexpr decltype(Kernels::multiply) MULTIPLY_PAIRS = nullptr;
 
 const Kernels PERL_TABLE = {
     PERL_NAME, ROW_PANEL, COLUMN_PANEL, multiply<false>, MULTIPLY_PAIRS, outer, interleave, zip,
-    to_float, from_float, accumulate, dot, weight, combine, dots, drop, gated, gated_gradient,
-    transform, fold, fold_pair, weigh, weigh_pair, gradient,
+    to_float, from_float, accumulate, dot, weight, combine, dots, spread, drop, gated,
+    gated_gradient, transform, fold, fold_pair, weigh, weigh_pair, gradient,
 };
 
 }  // namespace perl_kernels::cpu

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include "few_rows.h"
 #include "lora.h"
 
 namespace perl_kernels::cpu {
@@ -73,10 +74,11 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   return {ds, dx};
 }
 
-// Up to how many rows each row of the weight is better multiplied as it lies.
+// Up to how many rows each row of the weight is better multiplied as it lies; where the processor
+// has instructions for bfloat16, the library's products are the faster ones soon.
 int64_t few_rows(const Tensor& x) {
-  const bool wide = kernels().column_panel == 32;
-  return x.scalar_type() == at::kFloat && wide ? 32 : 8;
+  const bool pairs = x.scalar_type() == at::kBFloat16 && kernels().multiply_pairs != nullptr;
+  return kernels().column_panel == 32 && !pairs ? 32 : 8;
 }
 
 // Rows of every tensor lie whole in memory, one element after the other.
@@ -91,20 +93,9 @@ bool multiplies_as_pairs(const Tensor& x) {
       kernels().multiply_pairs != nullptr;
 }
 
-// x in float32, row after row, in memory that `room` keeps.
-Matrix in_floats(const Tensor& x, Buffer& room) {
-  const Matrix from(x);
-  for (int64_t n = 0; n < from.rows; ++n) {
-    kernels().to_float(
-        from.at(n, 0), from.dtype, from.column_stride, from.columns,
-        room.data() + n * from.columns);
-  }
-  return Matrix(room.data(), from.rows, from.columns, from.columns);
-}
-
-// dropout(x), likewise.
+// dropout(x) in float32, row after row, in memory that `room` keeps.
 Matrix dropped_in_floats(const Tensor& x, const Dropout& dropout, Buffer& room) {
-  const Matrix all = in_floats(x, room);
+  const Matrix all = in_floats(Matrix(x), room);
   for (int64_t i = 0; i < x.numel(); ++i) room.data()[i] *= dropout.gain();
   for (int64_t n = 0; n < all.rows; ++n) {
     dropout.apply(room.data() + n * all.columns, Dtype::float32, all.columns, n, 0);
@@ -112,55 +103,42 @@ Matrix dropped_in_floats(const Tensor& x, const Dropout& dropout, Buffer& room) 
   return all;
 }
 
-// out = or += left times rows first .. first + count of `right`, transposed
-void times_rows(
-    const Matrix& left, const Tensor& right, int64_t first, int64_t count, float* out,
-    int64_t ld_out, bool add) {
-  const Matrix other(right);
-  kernels().dots(
-      left.data, left.dtype, left.row_stride, left.rows, other.at(first, 0), other.dtype,
-      other.row_stride, count, left.columns, out, ld_out, add);
-}
-
-// For a few rows nothing is packed: the weight is read once, as it lies, each thread its share.
 std::tuple<std::vector<Tensor>, Tensor> forward_by_rows(
     const Tensor& x, const Projections& p, const Dropout& dropout) {
-  constexpr int64_t WIDTH = 64, SERIAL = 32768;  // outputs of an item; products worth no thread
-  const Kernels& table = kernels();
   const int64_t N = x.size(0), D = x.size(1);
-  const int64_t grain = std::max<int64_t>(1, SERIAL / std::max<int64_t>(1, WIDTH * D * N));
   Tensor s = at::empty({N, p.rank()}, x.options());
   std::vector<Tensor> y;
 
   Buffer room(N * D), input_room(dropout.active() ? N * D : 0);
-  const Matrix floats = in_floats(x, room);
-  const Matrix input =
-      dropout.active() ? dropped_in_floats(x, dropout, input_room) : floats;
-  const Matrix rows = multiplies_as_pairs(x) ? Matrix(x) : floats;
+  const Matrix floats = in_floats(Matrix(x), room);
+  const bool pairs = multiplies_as_pairs(x);
+  const FewRows rows(pairs ? Matrix(x) : floats);
+  std::optional<FewRows> other;  // what a is multiplied with, where that is not the same
+  if (dropout.active()) other.emplace(dropped_in_floats(x, dropout, input_room));
+  else if (pairs) other.emplace(floats);
+  const FewRows& input = other ? *other : rows;
   for (int64_t i = 0; i < p.count(); ++i) {
-    const int64_t R = p.rank(i), O = p.weight[i].size(0), ld = round_up(R, WIDTH);
+    const int64_t R = p.rank(i), O = p.weight[i].size(0), ld = round_up(R, FEW_COLUMNS);
+    const Matrix weight(p.weight[i]), a(p.a[i]), b(p.b[i]);
     Buffer s_room(N * ld), bias_row(p.bias.empty() ? 0 : O);
     float* s_i = s_room.data();
-    at::parallel_for(0, ld / WIDTH, grain, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * WIDTH;
-      times_rows(input, p.a[i], first, std::min(end * WIDTH, R) - first, s_i + first, ld, false);
+    parallel_by_few_columns(R, N * D, [&](int64_t first, int64_t count) {
+      input.times(a, first, count, s_i + first, ld, false);
     });
     store_tile(s_i, ld, N, R, s, 0, p.r[i]);
     for (int64_t j = 0; j < N * ld; ++j) s_i[j] *= static_cast<float>(p.scale[i]);
+    const FewRows scaled(Matrix(s_i, N, R, ld));
     if (!p.bias.empty()) vector_to_float(p.bias[i], 0, O, bias_row.data());
 
     y.push_back(at::empty({N, O}, x.options()));
-    at::parallel_for(0, ceil_div(O, WIDTH), grain, [&](int64_t begin, int64_t end) {
-      Buffer tile(N * WIDTH);
-      for (int64_t first = begin * WIDTH; first < std::min(end * WIDTH, O); first += WIDTH) {
-        const int64_t count = std::min(WIDTH, O - first);
-        times_rows(rows, p.weight[i], first, count, tile.data(), WIDTH, false);
-        times_rows(Matrix(s_i, N, R, ld), p.b[i], first, count, tile.data(), WIDTH, true);
-        for (int64_t n = 0; !p.bias.empty() && n < N; ++n) {
-          table.accumulate(bias_row.data() + first, count, tile.data() + n * WIDTH);
-        }
-        store_tile(tile.data(), WIDTH, N, count, y[i], 0, first);
+    parallel_by_few_columns(O, N * D, [&](int64_t first, int64_t count) {
+      Buffer tile(N * FEW_COLUMNS);
+      rows.times(weight, first, count, tile.data(), FEW_COLUMNS, false);
+      scaled.times(b, first, count, tile.data(), FEW_COLUMNS, true);
+      for (int64_t n = 0; !p.bias.empty() && n < N; ++n) {
+        kernels().accumulate(bias_row.data() + first, count, tile.data() + n * FEW_COLUMNS);
       }
+      store_tile(tile.data(), FEW_COLUMNS, N, count, y[i], 0, first);
     });
   }
   return {y, s};

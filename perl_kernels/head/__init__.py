@@ -60,10 +60,17 @@ from .._arguments import (
     check_range,
     check_shape,
 )
-from .._softmax import statistics_dtype
+from .._softmax import statistics_dtype, transform
 from . import op as _op
 
-__all__ = ["LinearKL", "PolicyLoss", "linear_kl", "linear_log_prob", "policy_loss"]
+__all__ = [
+    "LinearKL",
+    "PolicyLoss",
+    "linear_kl",
+    "linear_log_prob",
+    "linear_logits",
+    "policy_loss",
+]
 
 
 class LinearKL(NamedTuple):
@@ -280,6 +287,44 @@ def policy_loss(
         kl=None if ref_hidden is None else kl.view(lead),
         entropy=entropy.view(lead),
     )
+
+
+def linear_logits(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    a: Tensor | None = None,  # (R, H)
+    b: Tensor | None = None,  # (V, R)
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # (..., V)
+    """z itself, for as few rows as may have all their logits: the newest tokens of a decode step.
+
+    The arguments are those of `linear_log_prob`. Products are summed and kept in float32, and a
+    16-bit weight is read as it lies. There is no gradient.
+
+    Returns:
+        (..., V) float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or range is wrong; a tensor requires grad
+            while gradients are on.
+    """
+    named = {"hidden": hidden, "weight": weight, "bias": bias, "a": a, "b": b}
+    for name, tensor in named.items():
+        check_constant(name, tensor, "linear_logits has no gradient")
+    hidden, weight, bias, _, _, lead = _flatten(
+        hidden, weight, bias, None, None, a, b, scale, temperature, softcap
+    )
+    z = torch.ops.perl_kernels.head_logits(hidden, weight)
+    if a is not None:
+        s = hidden.to(z.dtype) @ a.to(z.dtype).T
+        z.addmm_(s, b.to(z.dtype).T, alpha=scale)
+    if bias is not None:
+        z += bias
+    return transform(z, temperature, softcap or 0.0).view(*lead, -1)
 
 
 _LEVELS = ("token", "sequence", "sequence_sum")

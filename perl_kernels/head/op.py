@@ -52,6 +52,7 @@ define(
     f" str reduction, int sequence_length, {_OPTIONS}, {_NEED})"
     f" -> (Tensor loss, Tensor log_prob, Tensor kl, Tensor entropy, {_GRADS})"
 )
+define("head_logits(Tensor hidden, Tensor weight) -> Tensor")
 define(
     "head_weighted_units(Tensor dlog_prob, Tensor dkl, Tensor? d_log_prob, Tensor? d_kl) -> Tensor"
 )
@@ -64,6 +65,7 @@ define(
 define_twins("head_stats", "cpu")
 define_twins("head_grad", "cpu")
 define_twins("head_units", "cpu")
+define_twins("head_logits", "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,6 +106,11 @@ def _fake_units(hidden, weight, bias, a, b, target, ref_hidden, d_log_prob, *res
     return (*empty_stats(hidden, hidden.shape[0], has_target, has_ref), dlog_prob, dkl)
 
 
+def _fake_logits(hidden, weight):
+    dtype = statistics_dtype(hidden.dtype)
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=dtype)
+
+
 def _fake_weighted_units(dlog_prob, dkl, d_log_prob, d_kl):
     return torch.empty_like(dkl if d_log_prob is None else dlog_prob)
 
@@ -135,6 +142,19 @@ def _by_blocks(hidden):
 
 # Tiles of the plain torch sweep: at most 16 MiB of float32 logits at a time.
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
+
+
+def _logits(hidden, weight):
+    """hidden weight^T, never rounded to 16 bits, and without a float32 copy of the weight."""
+    wide = statistics_dtype(hidden.dtype)
+    if backend_of(hidden) == "cpu":
+        return torch.ops.perl_kernels.head_logits_cpu(hidden, weight)
+    if hidden.dtype == wide:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=wide)
+    hidden, tiles = hidden.to(wide), weight.split(_TILE_COLUMNS)
+    return torch.cat([hidden @ tile.to(wide).T for tile in tiles], dim=1)
 
 
 def _stats(
@@ -463,6 +483,7 @@ def _policy_backward(ctx, d_loss, *_):
 
 implement("head_stats", _stats, _fake_stats, _stats_setup, _stats_backward)
 implement("head_grad", _grad, _fake_grad)
+implement("head_logits", _logits, _fake_logits)
 implement("head_weighted_units", _weighted_units, _fake_weighted_units)
 implement("head_units", _units, _fake_units, _units_setup, _units_backward)
 implement("policy_loss", _policy_loss, _fake_policy_loss, _policy_setup, _policy_backward)

@@ -1,4 +1,4 @@
-"""The definitions of the head's three faces in plain torch."""
+"""The definitions of the head's faces in plain torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def log_probs(
+def linear_logits(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None = None,  # (V,)
@@ -23,7 +23,11 @@ def log_probs(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return logits / temperature
+
+
+def log_probs(*arguments: Tensor | float | None, **options: float | None) -> Tensor:  # (N, V)
+    return torch.log_softmax(linear_logits(*arguments, **options), dim=-1)
 
 
 def linear_log_prob(

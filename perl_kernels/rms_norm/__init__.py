@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_alike, check_constant, check_float, check_range, check_shape
+from .._library import compiled_for
 from . import op as _op  # noqa: F401 - registers the op
 
 __all__ = ["rms_norm"]
@@ -67,5 +68,7 @@ def rms_norm(
             f"casting_mode is {casting_mode!r}; wanted one of {', '.join(CASTING_MODES)}"
         )
     flat = x.reshape(-1, x.shape[-1])
-    y = torch.ops.perl_kernels.rms_norm(flat, weight.detach(), eps, offset, casting_mode == "llama")
-    return y.view(x.shape)
+    op = torch.ops.perl_kernels.rms_norm
+    if compiled_for(x) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        op = torch.ops.perl_kernels.rms_norm_cpu  # for one token the way to it costs more than it
+    return op(flat, weight.detach(), eps, offset, casting_mode == "llama").view(x.shape)
