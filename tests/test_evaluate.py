@@ -128,7 +128,8 @@ def test_several_policies_stand_in_one_table_as_each_alone(files, tmp_path, caps
     base, adapter, given = table
     assert "kl" not in base and "kl" not in given and adapter["kl"] > 0
     assert len({row["reward"] for row in table}) > 1
-    assert given["reward"] == statistics.fmean(len(row["completion"]) for row in ROWS)
+    lengths = [len(row["completion"]) for row in ROWS]
+    assert given["reward"] == pytest.approx(statistics.fmean(lengths))
     reader = judge.LabelReader(Backbone.load(files / "model"), question, ["one", "two"], 1)
     for key, value in judge.yes_figures(reader.read(ROWS, ["", "", ""])).items():
         assert given[key] == pytest.approx(value, rel=1e-4)
