@@ -30,8 +30,9 @@ from tqdm import tqdm
 from perl import cafe
 from perl.commands import run_all, training, write_json
 from perl.config import RewardConfig, StudyConfig, UsageError, make, write_toml
+from perl.drawings import Bars, Drawing, write_figure
 from perl.files import is_taken
-from perl.report import Bars, Drawing, markdown_table, phase_cost, write_figure
+from perl.report import markdown_table, phase_cost
 from perl.run import Interrupted
 from perl.sweep import figures
 

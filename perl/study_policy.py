@@ -28,8 +28,9 @@ from typing import Any
 
 from perl import cafe, stories
 from perl.commands import words
+from perl.drawings import Drawing, Panel, Spread
 from perl.files import write_rows
-from perl.report import Drawing, Panel, Spread, phase_cost
+from perl.report import phase_cost
 from perl.study import (
     CAFE,
     COFFEE,

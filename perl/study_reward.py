@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from perl.report import Drawing, Spread
+from perl.drawings import Drawing, Spread
 from perl.study import (
     CAFE,
     COFFEE,

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from perl import cli, report
+from perl import cli, drawings, report
 from perl.config import ReinforceConfig, RewardConfig, SftConfig, UsageError, write_toml
-from perl.report import Answer, Arm, Panel, Phase, Sample
+from perl.drawings import Panel
+from perl.report import Answer, Arm, Phase, Sample
 
 NASTY = "<script>alert('$\\x$ & \"y\"')</script>"
 
@@ -210,13 +211,13 @@ def test_a_reward_run_shows_the_held_out_answers_of_its_best_validation(tmp_path
 def test_histograms_and_reliability_are_drawn_as_they_are():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     counts = {"good": [1.0, 4.0], "bad": [3.0, 2.0]}
-    report._draw(report.Histogram("Scores", "answers", [-1.0, 0.0, 1.0], counts), figure)
+    drawings._draw(drawings.Histogram("Scores", "answers", [-1.0, 0.0, 1.0], counts), figure)
     drawn = {patch.get_label(): patch.get_data() for patch in figure.axes[0].patches}
     for label, values in counts.items():
         assert drawn[label].values.tolist() == values
         assert drawn[label].edges.tolist() == [-1.0, 0.0, 1.0]
     figure.clear()
-    report._draw(report.Reliability("R", "share", [0.25, 0.75], [0.5, 0.7], [1, 9]), figure)
+    drawings._draw(drawings.Reliability("R", "share", [0.25, 0.75], [0.5, 0.7], [1, 9]), figure)
     diagonal, line = figure.axes[0].lines
     assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.75, 0.7]]
@@ -289,14 +290,14 @@ def test_every_colour_reads_on_its_page():
 
     pages = re.findall(r"--page: (#\w{6})", report._PAGE)
     assert len(pages) == 2
-    for light, dark in report._DARK.items():
-        least = 4.5 if light == report._INK else 3.0
+    for light, dark in drawings._DARK.items():
+        least = 4.5 if light == drawings._INK else 3.0
         assert contrast(light, pages[0]) >= least and contrast(dark, pages[1]) >= least
 
 
 def test_a_long_noisy_line_gets_its_moving_mean():
     values = [0.0, 3.0, 0.0, 3.0, 0.0]
-    assert report._moving_mean(values, 3) == pytest.approx([1.5, 1.0, 2.0, 1.0, 1.5])
+    assert drawings._moving_mean(values, 3) == pytest.approx([1.5, 1.0, 2.0, 1.0, 1.5])
 
 
 def test_long_runs_are_drawn_with_fewer_points(tmp_path):
@@ -379,9 +380,9 @@ def test_an_arm_without_a_phase_keeps_its_colour(tmp_path):
     panel = next(p for p in report._arm_panels(made) if p.title.startswith("REINFORCE"))
     assert list(panel.lines) == ["LoRA", "full"]
     figure = Figure()
-    report._draw(panel, figure)
+    drawings._draw(panel, figure)
     (line,) = figure.axes[0].get_lines()
-    assert (line.get_label(), line.get_color()) == ("full", report._COLOURS[1])
+    assert (line.get_label(), line.get_color()) == ("full", drawings._COLOURS[1])
 
 
 def test_samples_that_are_given_take_the_place_of_the_runs(tmp_path, no_matplotlib):
