@@ -42,7 +42,7 @@ import perl_kernels as pk
 from benchmarks._measure import DTYPES, OURS, Case, Stopwatch, give_back_freed, shapes_for
 from benchmarks._results import PHASES, Row
 from benchmarks._steps import Turns, measure_turns
-from benchmarks.bench_rollout import build, fill
+from benchmarks.bench_rollout import SHAPES, build, fill
 from perl import train_policy
 from perl.backbone import Backbone
 from perl.cafe import build_tokenizer
@@ -57,17 +57,6 @@ from perl.training import lora_config
 ROOM, STEP = "policy_step", "step"
 PEERS = ("peft", "trl.trainer.rloo_trainer")
 FULL, EAGER, TRL = "full", "eager", "trl"
-SHAPES = {
-    # 81 million parameters; at the smaller ones overheads weigh more
-    "full": {"B": 16, "P": 64, "T": 64, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
-    "quick": {"B": 16, "P": 32, "T": 32, "H": 384, "L": 4, "F": 1024, "A": 6, "V": 8000, "R": 16},
-    "small": {"B": 8, "P": 16, "T": 16, "H": 64, "L": 2, "F": 192, "A": 4, "V": 500, "R": 16},
-    "tiny": {"B": 2, "P": 4, "T": 6, "H": 32, "L": 1, "F": 48, "A": 2, "V": 320, "R": 4},
-    # 1.1 billion parameters
-    "h200": {
-        "B": 64, "P": 128, "T": 128, "H": 2048, "L": 22, "F": 5632, "A": 32, "V": 32000, "R": 16,
-    },
-}  # fmt: skip
 MICRO_BATCHES = {"lora": 4, "full": 1}  # of score and learn
 NEVER = 10**6  # steps until the end, a checkpoint or samples
 TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
