@@ -114,6 +114,14 @@ def _ensemble() -> Any:
     )
 
 
+def _stop() -> Any:
+    return option(
+        None,
+        metavar="TEXT",
+        help="strings that end an answer; it keeps the string, and the rest of its last token",
+    )
+
+
 def _reward_url() -> Any:
     return option(
         None,
@@ -362,11 +370,7 @@ class ReinforceConfig(TrainConfig):
         1, unit="answers", at_least=1, help="answers to each prompt of a step"
     )
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
-    stop: list[str] | None = option(
-        None,
-        metavar="TEXT",
-        help="strings that end an answer; it keeps the string, and the rest of its last token",
-    )
+    stop: list[str] | None = _stop()
     temperature: float = option(0.9, above=0, help="sampling temperature, also of log p")
     top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
     top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
@@ -464,8 +468,6 @@ class ReinforceConfig(TrainConfig):
         if self.value_lr is None:
             self.value_lr = self.lr
         _check_reward_source(self, needed=True)
-        if self.stop is not None and not all(self.stop):
-            raise UsageError(f"--stop is {self.stop}; want strings, none of them empty")
         self._check_kl()
         self._check_updates()
 
@@ -564,6 +566,7 @@ class EvaluateConfig(ModelConfig):
     truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
     drop_long: bool = option(False, help="leave out rows that still do not fit")
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
+    stop: list[str] | None = _stop()
     temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
     out: str | None = option(None, help="also write the figures to this JSON file")
 
@@ -642,6 +645,7 @@ class CompareConfig(ModelConfig):
     truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
     drop_long: bool = option(False, help="leave out rows that still do not fit")
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
+    stop: list[str] | None = _stop()
     temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
     out: str = option(help="JSONL file of answers and verdicts; must not exist")
 
@@ -705,6 +709,7 @@ class GenerateConfig(ModelConfig):
     rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
     batch_size: int = option(16, unit="prompts", at_least=1, help="prompts per forward pass")
     max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest answer")
+    stop: list[str] | None = _stop()
     temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
     top_k: int = option(0, unit="tokens", at_least=0, help="sample from the k likeliest; 0 = all")
     top_p: float = option(1.0, above=0, at_most=1, help="sample from this much probability mass")
@@ -1054,9 +1059,9 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
         return None
     if kind == list[str]:
         value = [value] if isinstance(value, str) else value
-        good = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+        good = isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
         if not good:
-            raise UsageError(f"{name} is {value!r}; want a list of names")
+            raise UsageError(f"{name} is {value!r}; want one string or more, none of them empty")
         return value
     if kind == list[float]:
         good = isinstance(value, list) and value and all(map(_is_finite, value))

@@ -144,6 +144,7 @@ def answers_of(
             temperature=config.temperature,
             top_k=getattr(config, "top_k", 0),
             top_p=getattr(config, "top_p", 1.0),
+            stop=config.stop or (),
             batch_size=config.batch_size,
             generator=generator,
             ended=bar.update,

@@ -104,7 +104,7 @@ def test_missing_flags_are_named():
         ("lora_rank = ", "is not TOML"),
         ('lora_rank = "3"', "--lora-rank is '3'; want a whole number"),
         ("steps = true", "--steps is True; want a whole number"),
-        ("lora_targets = []", "--lora-targets is []; want a list of names"),
+        ("lora_targets = []", "--lora-targets is []; want one string or more"),
     ],
 )
 def test_bad_config_files_are_refused(tmp_path, text, words):

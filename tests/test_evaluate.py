@@ -86,21 +86,20 @@ def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
         "--max-new-tokens",
         "8",
     ]
-    figures = json.loads(
-        run(
-            capsys,
-            "evaluate",
-            *where,
-            "--reward-function",
-            f"{files / 'score.py'}:tokens",
-            "--batch-size",
-            "1",
-        )
-    )
+    scorer = f"{files / 'score.py'}:tokens"
+    figures = run(capsys, "evaluate", *where, "--reward-function", scorer, "--batch-size", "1")
+    figures = json.loads(figures)
     rows = [json.loads(line) for line in run(capsys, "generate", *where).splitlines()]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
     lengths = [len(row["completion"]) for row in rows]
     assert figures["reward"] == pytest.approx(sum(lengths) / 3) and max(lengths) > 0
+    letter = rows[0]["completion"][1]
+    stopped = run(capsys, "generate", *where, "--stop", letter).splitlines()
+    stopped = [json.loads(line)["completion"] for line in stopped]
+    assert letter in stopped[0] and len(stopped[0]) < lengths[0]
+    assert all(row["completion"].startswith(text) for row, text in zip(rows, stopped, strict=True))
+    shorter = run(capsys, "evaluate", *where, "--stop", letter, "--reward-function", scorer)
+    assert json.loads(shorter)["reward"] == pytest.approx(sum(map(len, stopped)) / 3)
     out = tmp_path / "answers.jsonl"
     assert run(capsys, "generate", *where, "--rows", "2", "--out", out) == ""
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows[:2]
