@@ -233,7 +233,7 @@ class _Batch:
         token, log_prob = self.choose(hidden, self.draws[prompt, count])
         self.token[rows] = token
         self.tokens[prompt, count] = token
-        self.log_prob[prompt, count] = log_prob
+        self.log_prob[prompt, count] = log_prob.float()
         self.count[rows] += prompt < len(self.prompts)
 
     def _drop(self) -> None:

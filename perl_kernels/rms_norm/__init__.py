@@ -69,6 +69,7 @@ def rms_norm(
         )
     flat = x.reshape(-1, x.shape[-1])
     op = torch.ops.perl_kernels.rms_norm
-    if compiled_for(x) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        op = torch.ops.perl_kernels.rms_norm_cpu  # for one token the way to it costs more than it
+    plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if plain and compiled_for(x):  # for one token the way to the kernel costs more than it
+        op = torch.ops.perl_kernels.rms_norm_cpu
     return op(flat, weight.detach(), eps, offset, casting_mode == "llama").view(x.shape)
