@@ -7,6 +7,7 @@ reader's light or dark scheme as the page does.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -51,7 +52,8 @@ def table(lines: Table) -> str:
 
 def _cell(text: str) -> str:
     verdicts = {"missed": "missed", "not measured": "none", "met": "met"}
-    kind = next((verdicts[word] for word in verdicts if word in text), "")
+    said = (kind for word, kind in verdicts.items() if re.search(rf"\b{word}\b", text))
+    kind = next(said, "")
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 

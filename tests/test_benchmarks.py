@@ -16,6 +16,7 @@ from benchmarks import (
     _figures,
     _limits,
     _measure,
+    _page,
     _results,
     _targets,
     check,
@@ -547,6 +548,12 @@ def test_the_share_of_the_limit():
     results = make_results(row)
     results.machine["ceilings"] = [product]
     assert "| 3 GFLOP/s | 75% |" in report.as_markdown(results)
+
+
+def test_a_verdict_has_its_colour_and_a_word_that_holds_one_has_none():
+    assert _page.table([["over", "met"], ["geometric mean", "1.2 missed (quick)"]]).endswith(
+        '<td>geometric mean</td><td class="missed">1.2 missed (quick)</td></tr></table></div>'
+    )
 
 
 def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
