@@ -854,11 +854,11 @@ class StudyConfig(Config):
         positional=True, help="what is trained: reward (reward models) or policy (by REINFORCE)"
     )
     out: str = option(help="folder of the study; must not exist, or be empty")
-    preset: Literal["tiny", "quick", "cpu", "h200"] = option(
+    preset: Literal["tiny", "quick", "cpu", "bars", "h200"] = option(
         "cpu",
-        help="cpu: ranks, seeds and sizes of models within an hour on two cores; h200: step time "
-        "and memory of a model of 1.1 billion parameters; quick, tiny: a few steps, to try the "
-        "machinery",
+        help="cpu: ranks, seeds and sizes of models within an hour on two cores; bars: rank 16 "
+        "beside full tuning, trained longer (reward); h200: step time and memory of a model of "
+        "1.1 billion parameters; quick, tiny: a few steps, to try the machinery",
     )
     data_folder: str | None = option(
         None,

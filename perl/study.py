@@ -164,6 +164,11 @@ class Study:
 
     def __init__(self, config: StudyConfig):
         self.config, self.out = config, Path(config.out).resolve()
+        if config.preset not in self.presets:
+            raise UsageError(
+                f"perl study {config.task} has no --preset {config.preset}; it has "
+                f"{', '.join(self.presets)}"
+            )
         self.preset, self.data_folder = self.presets[config.preset], _data_folder(config)
         if is_taken(self.out) and not config.resume:
             raise UsageError(
@@ -194,9 +199,10 @@ class Study:
         try:
             self.perform()
         except KeyboardInterrupt:
+            later = "" if self.config.cost else " --no-cost"
             raise Interrupted(
                 f"go on with: python -m perl study {self.config.task} --out {self.config.out} "
-                "--resume"
+                f"--resume{later}"
             ) from None
         print(self.text())
         if drawings := self.drawings():
@@ -205,7 +211,8 @@ class Study:
     def perform(self) -> None:
         """Runs every job that is not done, the order being that of the module's description."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_toml(self.config, self.out / "config.toml")
+        # with --no-cost too: a later --resume is to measure it
+        write_toml(replace(self.config, cost=True), self.out / "config.toml")
         self.make_models()
         stages = [(list(stage), self.config.at_once, 1) for stage in self.learning()]
         if self.config.cost:

@@ -2,6 +2,8 @@
 
     python -m perl study reward --out FOLDER               preset cpu: an hour on two cores
     python -m perl study reward --out FOLDER --resume      goes on after a kill
+    python -m perl study reward --out FOLDER --preset bars --no-cost     the learning bars: rank 16
+                                        beside full tuning at one size, trained longer, three seeds
 
 Tables 1 and 2 of arXiv 2403.10704, for reward models, on rows and machines of one's own: accuracy
 or AUC of every size, rank and seed, and what each costs. The checkpoint and the learning rate are
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from perl.drawings import Drawing, Spread
 from perl.study import (
@@ -91,6 +94,19 @@ COFFEE_THUMBS = RewardTask(
     seconds=(38.0, 53.0, 76.0),
 )
 
+
+def _for_bars(task: RewardTask, lora: str, full: str, seconds: float, **recipe: Any) -> RewardTask:
+    """The task at its chosen size alone, three seeds, with the rates given."""
+    return replace(
+        task,
+        family=replace(task.family, sizes=(task.family.chosen,)),
+        recipe=task.recipe | recipe,
+        sweep={"lora": lora, "full": full},
+        seeds=(3,),
+        seconds=(seconds,),
+    )
+
+
 TASKS = (CAFE_PAIRS, COFFEE_PAIRS, COFFEE_THUMBS)
 RANKS = (1, 4, 8, 16, 32)
 LARGE = RewardShape(
@@ -106,6 +122,14 @@ TINY = RewardShape(
 FEW_STEPS = dict(steps=2, batch_size=2)
 PRESETS = {
     "cpu": Preset(tasks=TASKS, shapes=(LARGE,), ranks=RANKS),
+    "bars": Preset(
+        tasks=(
+            _for_bars(CAFE_PAIRS, "2e-3", "1e-3", 85.0, steps=800),
+            _for_bars(COFFEE_PAIRS, "2e-3", "5e-4,1e-3", 220.0, steps=240),
+            _for_bars(COFFEE_THUMBS, "1e-3", "5e-4", 76.0),
+        ),
+        ranks=(16,),
+    ),
     "h200": Preset(shapes=(HUGE,), ranks=RANKS),
     "quick": Preset(
         tasks=tuple(in_few_steps(task, 2, **FEW_STEPS) for task in TASKS),

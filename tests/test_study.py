@@ -95,6 +95,14 @@ def test_the_plan_has_every_cell_once_and_sweeps_first(tmp_path, alone):
     assert told == {name for name in names if name.startswith(("cells", "sweeps"))}
 
 
+def test_the_bars_are_held_at_one_size_by_rank_16_and_full(tmp_path, alone):
+    names = [job.name for job in jobs(RewardStudy(config(tmp_path, preset="bars")))]
+    cells = {name.removeprefix("cells/cafe-pairs/tiny/") for name in names if "cells" in name}
+    assert cells == {f"{arm}/seed-{n}" for arm in ("full", "rank-16") for n in (1, 2)}
+    with pytest.raises(UsageError, match="perl study policy has no --preset bars; it has cpu"):
+        studies.run(config(tmp_path, task="policy", preset="bars"))
+
+
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(tmp_path, alone):
     plan = RewardStudy(config(tmp_path))
     full, lora = (plan.cell(CAFE_PAIRS, "tiny", arm, 2) for arm in ("full", "rank 4"))
@@ -116,6 +124,7 @@ def test_what_is_done_is_kept_and_costs_wait_for_their_time(
     with pytest.raises(UsageError, match="or --resume to go on with the study"):
         studies.run(config(tmp_path))
     stop.clear()
+    assert "cost = true" in (tmp_path / "study/config.toml").read_text()  # a later --resume's
     studies.run(config(tmp_path, resume=True, cost=False, at_once=3))
     names = [name for name, _, _ in ran]
     assert len(names) == len(set(names)) and not any(n.startswith("cost") for n in names)
