@@ -67,6 +67,15 @@ def test_files_that_do_not_hold_it(tmp_path, body, words):
         load_reward_function(write(tmp_path, body), 5.0)
 
 
+def test_a_file_may_hold_what_looks_its_own_module_up(tmp_path):
+    body = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Scale:\n    by: float\n"
+        "def score(p, c): return [Scale(2.0).by] * len(c)"
+    )
+    assert load_reward_function(write(tmp_path, body), 5.0)(["a"], ["x"]) == [2.0]
+
+
 @pytest.mark.parametrize(
     "value, words",
     [
@@ -435,6 +444,7 @@ def test_text_too_long_for_such_a_model_is_named_or_cut(tmp_path, base):
 
 def test_an_adapter_of_another_base_is_no_model_of_its_own(tmp_path, base, capsys):
     save_reward(tmp_path / "rm", save_tiny(tmp_path / "other", seed=9), 3)
+    capsys.readouterr()  # transformers' progress bar
     said = refused(capsys, *reinforce(tmp_path, "--reward-model", tmp_path / "rm"))
     assert "belongs to another base" in said and not (tmp_path / "run").exists()
 
