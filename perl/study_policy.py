@@ -380,11 +380,13 @@ class PolicyStudy(Study):
             name = f"{task.title}: {task.told}, {lora}"
             if task.at_least is not None:
                 yield bar(name, ours, ">=", task.at_least)
-            if task.over_full is not None:
+            if task.over_full is not None and full > 0:  # of nothing there is no share
                 yield bar(f"{name} over full", ours / full, ">=", task.over_full)
             if task.gain is not None:
-                gain = (ours - before) / statistics.fmean(self.found(task, "SFT", "reward_std"))
-                yield bar(f"{name} less SFT, in its deviations", gain, ">=", task.gain)
+                deviation = statistics.fmean(self.found(task, "SFT", "reward_std"))
+                if deviation > 0:
+                    gain = (ours - before) / deviation
+                    yield bar(f"{name} less SFT, in its deviations", gain, ">=", task.gain)
             if task.kl_at_most is not None:
                 kl = statistics.fmean(self.found(task, lora, "kl"))
                 yield bar(f"{task.title}: KL in nats, {lora}", kl, "<=", task.kl_at_most)
