@@ -77,8 +77,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             ) from None
 
     # ---- figures
-    figures = figures_of(config, file.read())
-    write_verdicts(page, names, figures, file.read())
+    judged = file.read()
+    figures = figures_of(config, judged)
+    write_verdicts(page, names, figures, judged)
     file.finish()
     return {"data": config.data, "out": str(out), "page": str(page)} | figures
 

@@ -67,6 +67,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _as_in(cls: type, name: str) -> Any:
+    """The option of that name of another command."""
+    field = cls.__dataclass_fields__[name]
+    return dataclasses.field(
+        default=field.default, default_factory=field.default_factory, metadata=field.metadata
+    )
+
+
 @dataclass(kw_only=True)
 class Config:
     """Base of all commands: checks types and ranges of every field."""
@@ -597,9 +605,7 @@ class CompareConfig(ModelConfig):
         "reward model names, or the --judge-model",
     )
     data: str = option(help="rows with a prompt column")
-    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = option(
-        "auto", help="published format of the data file"
-    )
+    format: Literal["auto", "taskmaster", "hh", "tldr", "shp"] = _as_in(EvaluateConfig, "format")
     judge_model: str | None = option(
         None, help="language model, folder or name, that is shown both answers as A and B"
     )
@@ -624,29 +630,27 @@ class CompareConfig(ModelConfig):
         help="folder of a reward run or reward model: the judge where no other is given, else its "
         "scores stand beside the verdicts; several make an ensemble",
     )
-    ensemble: Literal["mean", "min"] | None = _ensemble()
+    ensemble: Literal["mean", "min"] | None = _as_in(EvaluateConfig, "ensemble")
     reward_function: str | None = option(
         None, help="FILE.py:NAME that scores answers, in place of a reward model"
     )
-    reward_url: str | None = _reward_url()
-    reward_timeout: float | None = _reward_timeout()
-    reward_retries: int | None = _reward_retries()
+    reward_url: str | None = _as_in(EvaluateConfig, "reward_url")
+    reward_timeout: float | None = _as_in(EvaluateConfig, "reward_timeout")
+    reward_retries: int | None = _as_in(EvaluateConfig, "reward_retries")
     tie_margin: float = option(
         0.0,
         at_least=0,
         help="the judge is for an answer where its preference is above this: difference of "
         "rewards, a function's number, or nats between the two labels",
     )
-    rows: int = option(0, unit="rows", at_least=0, help="only the first rows; 0 = all")
-    batch_size: int = option(16, unit="rows", at_least=1, help="rows per forward pass")
-    max_tokens: int = option(
-        0, unit="tokens", at_least=0, help="longest sequence; 0 = the model's context"
-    )
-    truncate_prompts: bool = option(False, help="cut prompts that do not fit from the left")
-    drop_long: bool = option(False, help="leave out rows that still do not fit")
-    max_new_tokens: int = option(64, unit="tokens", at_least=1, help="longest generated answer")
-    stop: list[str] | None = _stop()
-    temperature: float = option(0.9, at_least=0, help="sampling temperature; 0 = greedy")
+    rows: int = _as_in(EvaluateConfig, "rows")
+    batch_size: int = _as_in(EvaluateConfig, "batch_size")
+    max_tokens: int = _as_in(EvaluateConfig, "max_tokens")
+    truncate_prompts: bool = _as_in(EvaluateConfig, "truncate_prompts")
+    drop_long: bool = _as_in(EvaluateConfig, "drop_long")
+    max_new_tokens: int = _as_in(EvaluateConfig, "max_new_tokens")
+    stop: list[str] | None = _as_in(EvaluateConfig, "stop")
+    temperature: float = _as_in(EvaluateConfig, "temperature")
     out: str = option(help="JSONL file of answers and verdicts; must not exist")
 
     def __post_init__(self) -> None:
@@ -884,14 +888,6 @@ class StudyConfig(Config):
         True, resumable=True, help="--no-cost leaves time and memory to a later --resume"
     )
     resume: bool = option(False, resumable=True, help="go on with what is not done yet")
-
-
-def _as_in(cls: type, name: str) -> Any:
-    """The option of that name of another command."""
-    field = cls.__dataclass_fields__[name]
-    return dataclasses.field(
-        default=field.default, default_factory=field.default_factory, metadata=field.metadata
-    )
 
 
 @dataclass(kw_only=True)

@@ -82,7 +82,7 @@ def _score_rows(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]
     judges = load_reward_models(backbone, config.reward_model)
     encode = encode_pairs if kind == "pairwise" else encode_labelled
     examples = encode(rows, backbone.tokenizer, length_limit(config, backbone))
-    _say_notes(config, examples)
+    policies.say_notes(config, examples)
     rewards = score_rewards(
         backbone, judges, sequences(examples), config.batch_size, config.ensemble
     )
@@ -96,7 +96,7 @@ def _score_text(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]
         raise UsageError(f"{config.data} holds {kind} rows, which want one --policy, a model's")
     backbone = open_backbone(config)
     examples = encode_examples(rows, kind, backbone.tokenizer, length_limit(config, backbone))
-    _say_notes(config, examples)
+    policies.say_notes(config, examples)
     (policy,) = policies.open_policies(config, backbone, names, Encoded())
     return language_figures(backbone, policy.role, examples, config.batch_size)
 
@@ -182,11 +182,6 @@ def generate(config: GenerateConfig) -> None:
             print(json.dumps(row, ensure_ascii=False))
     else:
         print(config.prompt + answers[0].text)
-
-
-def _say_notes(config: EvaluateConfig, encoded: Encoded) -> None:
-    for note in encoded.notes:
-        print(f"{config.data}: {note}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -111,9 +111,13 @@ def encode(
         truncate_prompts=config.truncate_prompts,
         drop_long=getattr(config, "drop_long", False),
     )
-    for note in prompts.notes:
-        print(f"{config.data or '--prompt'}: {note}", file=sys.stderr)
+    say_notes(config, prompts)
     return prompts
+
+
+def say_notes(config: EvaluateConfig | GenerateConfig | CompareConfig, encoded: Encoded) -> None:
+    for note in encoded.notes:
+        print(f"{config.data or '--prompt'}: {note}", file=sys.stderr)
 
 
 def base_of_policies(names: Sequence[str]) -> str | None:

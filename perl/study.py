@@ -20,6 +20,7 @@ import platform
 import shutil
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ class Job:
     keeps: str = ""  # the folder of its model, where later jobs start from it
 
 
-class Study:
+class Study(ABC):
     """The plan of a preset, what of it is done, and what is told from that."""
 
     presets: ClassVar[Mapping[str, Preset]]
@@ -276,13 +277,13 @@ class Study:
     def families(self) -> list[Family]:
         return list({task.family.name: task.family for task in self.preset.tasks}.values())
 
+    @abstractmethod
     def learning(self) -> Iterator[Iterator[Job]]:
         """Stages of jobs whose quality is told; those of a stage do not wait for each other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def costs(self) -> Iterator[Job]:
         """Jobs whose time and memory are told."""
-        raise NotImplementedError
 
     def warm_ups(self) -> Iterator[Iterator[Job]]:
         rounds = max((len(family.warm_up) for family in self.families), default=0)
@@ -416,11 +417,13 @@ class Study:
                 parts += [f"**{title}**", markdown_table(rows)]
         return "\n\n".join(parts) + "\n"
 
+    @abstractmethod
     def tables(self) -> Iterator[tuple[str, list[Row]]]:
-        raise NotImplementedError
+        """Titles and rows of what is done so far."""
 
+    @abstractmethod
     def drawings(self) -> list[Drawing]:
-        raise NotImplementedError
+        """The panels of figure.svg; none where there is nothing to draw yet."""
 
     def cost_rows(self, columns: dict[str, str]) -> list[Row]:
         """A row for each arm; `columns` is the folder under cost/ -> its head."""
