@@ -480,11 +480,13 @@ void dots(
 }
 
 // W right rows at a time, copied as floats block by block. Each of their elements is spread over the
-// lanes, one for each left row: no sum crosses them.
+// lanes, one for each left row: no sum crosses them. The next block is on its way meanwhile: copying
+// alone would wait for it.
 void spread(
     const float* left, int64_t rows, const void* right, Dtype dtype, int64_t right_stride,
     int64_t count, int64_t n, float* out, int64_t ld_out, bool add) {
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  constexpr int64_t LINE = 64, LINES = K_BLOCK * 4 / LINE;  // of the cache: bytes, and in a row
   alignas(64) float block[W][K_BLOCK];
   for (int64_t first = 0; first < count; first += W) {
     Floats found[COLUMN_PANEL / W][W] = {};
@@ -496,9 +498,15 @@ void spread(
             static_cast<const char*>(right) + (row * right_stride + begin) * size, dtype, 1, length,
             block[j]);
       }
+      const bool last = begin + K_BLOCK >= n;
+      const char* next = static_cast<const char*>(right)
+          + ((last ? first + W : first) * right_stride + (last ? 0 : begin + K_BLOCK)) * size;
       for (int64_t i = 0; i < rows; i += W) {
         Floats sums[W] = {};
         for (int64_t k = 0; k < length; ++k) {
+          if (i == 0 && k / LINES < W) {  // an address past the matrix does no harm
+            __builtin_prefetch(next + k / LINES * right_stride * size + k % LINES * LINE, 0, 2);
+          }
           const Floats value = load(left + (begin + k) * COLUMN_PANEL + i);
 #pragma GCC unroll 16
           for (int64_t j = 0; j < W; ++j) sums[j] += value * all(block[j][k]);
