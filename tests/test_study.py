@@ -103,6 +103,12 @@ def test_the_bars_are_held_at_one_size_by_rank_16_and_full(tmp_path, alone):
         studies.run(config(tmp_path, task="policy", preset="bars"))
 
 
+def test_a_study_of_cost_alone_takes_no_options_of_quality(tmp_path):
+    for given in ({"cost": False}, {"at_once": 3}, {"data_folder": str(tmp_path)}):
+        with pytest.raises(UsageError, match="is for presets that tell of quality, and tiny does"):
+            RewardStudy(config(tmp_path, preset="tiny", **given))
+
+
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(tmp_path, alone):
     plan = RewardStudy(config(tmp_path))
     full, lora = (plan.cell(CAFE_PAIRS, "tiny", arm, 2) for arm in ("full", "rank 4"))
