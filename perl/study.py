@@ -177,10 +177,11 @@ class Study(ABC):
                 f"perl study {config.task} has no --preset {config.preset}; it has "
                 f"{', '.join(self.presets)}"
             )
-        self.preset, self.data_folder = self.presets[config.preset], _data_folder(config)
+        self.preset = self.presets[config.preset]
         if not self.preset.tasks:
             what_for = f"presets that tell of quality, and {config.preset} does of cost alone"
             refuse_unused(config, ["data_folder", "at_once", "cost"], what_for)
+        self.data_folder = _data_folder(config)
         if is_taken(self.out) and not config.resume:
             raise UsageError(
                 f"--out {self.out} exists and is not empty; give another folder, or --resume "

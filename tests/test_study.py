@@ -132,6 +132,7 @@ def test_what_is_done_is_kept_and_costs_wait_for_their_time(
     stop.clear()
     assert "cost = true" in (tmp_path / "study/config.toml").read_text()  # a later --resume's
     studies.run(config(tmp_path, resume=True, cost=False, at_once=3))
+    assert {at_once for _, _, at_once in ran[len(first) :]} == {3}
     names = [name for name, _, _ in ran]
     assert len(names) == len(set(names)) and not any(n.startswith("cost") for n in names)
     studies.run(config(tmp_path, resume=True, threads=2))
