@@ -104,8 +104,11 @@ def test_the_bars_are_held_at_one_size_by_rank_16_and_full(tmp_path, alone):
 
 
 def test_a_study_of_cost_alone_takes_no_options_of_quality(tmp_path):
-    for given in ({"cost": False}, {"at_once": 3}, {"data_folder": str(tmp_path)}):
-        with pytest.raises(UsageError, match="is for presets that tell of quality, and tiny does"):
+    for option, given in (
+        ("--no-cost", {"cost": False}), ("--at-once", {"at_once": 3}),
+        ("--data-folder", {"data_folder": str(tmp_path)}),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{option} is for presets that tell of quality, and"):
             RewardStudy(config(tmp_path, preset="tiny", **given))
 
 
