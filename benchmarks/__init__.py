@@ -11,6 +11,7 @@
     report.py     tables, figures and the page from that JSON
     check.py      whether today's ratios are worse than the committed ones
     growth.py     how time and memory grow with each size
+    timeline.py   memory over a training step, by phase and role
     gpu.py        the campaign on a GPU
 
 A time is only taken after the same call has passed the law of tests/_compare.py.

@@ -1,4 +1,4 @@
-"""The figures that are made of benchmark results, as SVG files that follow light and dark.
+"""The figures that are made of benchmark results, as SVG files that follow light and dark, or PNG.
 
 Each is a `Picture`: plain numbers and how they are drawn. Its file carries a digest of the numbers,
 so that a test can tell when it is out of date whatever matplotlib drew it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth
+import numpy
+
+from benchmarks import growth, timeline
 from benchmarks._bars import DROPOUT, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
 from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
@@ -54,16 +57,20 @@ class Picture:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
 
-    def svg(self) -> str:
-        """Needs matplotlib."""
+    def drawn(self, form: str, **options: Any) -> bytes:
+        """Needs matplotlib, as all that draws does."""
         import matplotlib
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context(STYLE):
-            figure, file = Figure(figsize=self.size, layout="constrained"), io.StringIO()
+            figure, file = Figure(figsize=self.size, layout="constrained"), io.BytesIO()
             self.draw(self.data, figure)
-            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        text = re.sub(r"<metadata>.*?</metadata>\s*", "", file.getvalue(), flags=re.DOTALL)
+            figure.savefig(file, format=form, **options)
+        return file.getvalue()
+
+    def svg(self) -> str:
+        text = self.drawn("svg", transparent=True, metadata={"Date": None}).decode()
+        text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
         numbers = {light: f"--c{i}" for i, light in enumerate(COLOURS)}
         for light, variable in numbers.items():
             text = text.replace(light, f"var({variable})")
@@ -78,10 +85,11 @@ class Picture:
         start = text.index(">", text.index("<svg")) + 1
         return f"{text[:start]}{style}{text[start:]}"
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, form: str = "svg") -> Path:
+        """As an SVG or PNG file, the latter on white."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.svg"
-        path.write_text(self.svg(), encoding="utf-8")
+        path = folder / f"{self.name}.{form}"
+        path.write_bytes(self.svg().encode() if form == "svg" else self.drawn(form, dpi=200))
         return path
 
     def is_drawn_in(self, folder: Path) -> bool:
@@ -97,6 +105,7 @@ def pictures(results: Sequence[Results]) -> list[Picture]:
         for machine, of_kind in kinds(results, on).items():
             found += [*peers(machine, of_kind), roofline(machine, of_kind)]
     found += [scaling(one) for one in results if one.name == growth.NAME]
+    found += [timelines(one) for one in results if one.timelines]
     for on in ("gpu", "cpu"):
         found += [phases(machine, of_kind) for machine, of_kind in kinds(results, on).items()]
     return [picture for picture in found if picture]
@@ -128,31 +137,53 @@ HEADLINES = (
 
 def overview(results: Sequence[Results]) -> Picture | None:
     """The headlines on the kind of machine that has most of them at full size."""
-    best: tuple[str, str, list] = ("", "", [])
-    for on in ("gpu", "cpu"):
-        for machine, of_kind in kinds(results, on).items():
-            for dtype in ("bf16", "fp32"):
-                rows = full_rows(of_kind, dtype)
-                lines = [
-                    _ratio_line(
-                        label, [r for r in rows if (r.room, r.check) == (room, check)], name
-                    )
-                    for room, check, name, label in HEADLINES
-                ]
-                lines = [line for line in lines if line]
-                if len(lines) > len(best[2]):
-                    best = machine, dtype, lines
-    machine, dtype, lines = best
-    if not lines:
+    found = _headlines(results)
+    if not found:
         return None
+    (machine, dtype), lines = max(found.items(), key=lambda item: len(item[1]))
     return _ratios(
         "overview",
         "Ours over theirs",
         f"{machine}, {dtype}. Bars left of the line: ours is faster, or smaller. Memory of a step "
         "is the peak of its process, of an op what it takes beyond inputs and outputs. A whisker "
         "spans the shapes, the bar is their geometric mean.",
-        lines,
+        list(lines.values()),
     )
+
+
+def headlines(results: Sequence[Results]) -> list[list[str]]:
+    """Time and peak memory of ours over theirs, a line per headline, a column per kind of machine
+    and type, and the command that measures them."""
+    found = _headlines(results)
+    machines = [f"{machine}, {dtype}" for machine, dtype in found]
+    table = [["ours over theirs: time, memory", *machines, "command, on a CPU"]]
+    for room, _, _, label in HEADLINES:
+        cells = [_told(lines.get(label)) for lines in found.values()]
+        command = f"`pytest benchmarks/bench_{room}.py --preset full`"
+        table.append([label, *(cells or ["not measured"]), command])
+    return table
+
+
+def _told(line: dict[str, Any] | None) -> str:
+    means = [line[key][0] for key in ("time", "memory") if line[key]] if line else []
+    return ", ".join(f"{mean:.2f}" for mean in means) or "not measured"
+
+
+def _headlines(results: Sequence[Results]) -> dict[tuple[str, str], dict[str, dict]]:
+    """By (machine, type): a line of each headline that is measured there, by its label."""
+    found = {}
+    for on in ("gpu", "cpu"):
+        for machine, of_kind in kinds(results, on).items():
+            for dtype in ("bf16", "fp32"):
+                rows = full_rows(of_kind, dtype)
+                lines = {
+                    label: _ratio_line(
+                        label, [r for r in rows if (r.room, r.check) == (room, check)], name
+                    )
+                    for room, check, name, label in HEADLINES
+                }
+                found[machine, dtype] = {label: line for label, line in lines.items() if line}
+    return {of: lines for of, lines in found.items() if lines}
 
 
 def peers(machine: str, of_kind: Sequence[Results]) -> Iterator[Picture]:
@@ -409,3 +440,87 @@ def _draw_phases(lines: dict[str, list[float]], figure: Any) -> None:
     axes.grid(axis="x")
     axes.set_xlabel("s")
     figure.legend(loc="outside upper center", ncols=len(PHASES))
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory over a step
+# ------------------------------------------------------------------------------------------------
+
+ROLES = dict(
+    zip(("policy", "value", "reward", timeline.ANCHOR), (OURS, THEIRS, *MORE), strict=False)
+)
+SHADES = {"weights": 0.9, "optimizer": 0.6, "activations": 0.3}  # of a role's colour
+GRADIENTS = MORE[-1]
+
+
+def timelines(results: Results) -> Picture:
+    """What is in use over a step, full tuning beside LoRA."""
+    steps = len({one["step"] for one in results.timelines})
+    return Picture(
+        file_name(results.name, kind_of(results.machine)),
+        f"Memory over a step: {kind_of(results.machine)}",
+        "The colour of weights and optimizer state says whose they are, that of activations, with "
+        "KV cache, scratch and the gradients that are just coming, who runs. Under LoRA all share "
+        "one frozen base, which is the anchor. Seconds are those of the step that was watched.",
+        results.timelines,
+        _draw_timelines,
+        (9.5, 0.6 + 3.0 * steps),
+    )
+
+
+def _draw_timelines(found: list[dict], figure: Any) -> None:
+    from matplotlib.patches import Patch
+
+    steps = list(dict.fromkeys(one["step"] for one in found))
+    grid = figure.subplots(len(steps), 2, sharey="row", squeeze=False)
+    for one in found:
+        _draw_timeline(one, grid[steps.index(one["step"])][timeline.TUNINGS.index(one["tuning"])])
+    for row in grid:
+        row[0].set(ylabel="MiB in use", ylim=(0, 1.15 * row[0].get_ylim()[1]))  # room for phases
+        row[0].yaxis.set_major_formatter("{x:,.0f}")
+    for axes in grid[-1]:
+        axes.set_xlabel("s")
+    shown = [role for role in ROLES if any(role in one["held"] for one in found)]
+    colours = {role: (ROLES[role], 1.0) for role in shown}
+    colours |= {kind: (INK, shade) for kind, shade in SHADES.items()}
+    colours |= {"gradients": (GRADIENTS, 1.0), "libraries": (FAINT, SHADES["activations"])}
+    handles = [Patch(color=c, alpha=a, lw=0, label=name) for name, (c, a) in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+
+
+def _draw_timeline(one: dict, axes: Any) -> None:
+    mib, seconds, marks = 2**20, one["seconds"], one["marks"]
+    axes.fill_between(
+        [0, seconds], one["libraries"] / mib, color=FAINT, alpha=SHADES["activations"]
+    )
+    bottom = one["libraries"] / mib
+    for role, held in one["held"].items():
+        for kind, count in held.items():
+            top = bottom + count / mib
+            axes.fill_between(
+                [0, seconds], bottom, top, color=ROLES[role], alpha=SHADES[kind], lw=0
+            )
+            bottom = top
+    middle = [(part + 0.5) * seconds / len(one["bytes"]) for part in range(len(one["bytes"]))]
+    middle[0], middle[-1], used = 0.0, seconds, [count / mib for count in one["bytes"]]
+    ends = [*(mark["at"] for mark in marks[1:]), seconds]
+    for mark, end in zip(marks, ends, strict=True):
+        over = bottom + mark["gradients"] / mib
+        axes.fill_between([mark["at"], end], bottom, over, color=GRADIENTS, lw=0)
+        times = [mark["at"], *(at for at in middle if mark["at"] < at < end), end]
+        top = [max(over, level) for level in numpy.interp(times, middle, used)]
+        axes.fill_between(
+            times, over, top, color=ROLES[mark["role"]], alpha=SHADES["activations"], lw=0
+        )
+    axes.plot(middle, used, color=INK, lw=0.8)
+    starts = [i for i, mark in enumerate(marks) if not i or mark["phase"] != marks[i - 1]["phase"]]
+    for i, following in itertools.zip_longest(starts, starts[1:]):
+        at, end = marks[i]["at"], marks[following]["at"] if following else seconds
+        axes.axvline(at, color=FAINT, lw=0.8)
+        axes.annotate(
+            marks[i]["phase"], (at, 1), (3, -2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", rotation=90 if end - at < 0.12 * seconds else 0,
+        )  # fmt: skip
+    how = "full tuning" if one["tuning"] == "full" else f"LoRA, rank {one['shape']['R']}"
+    axes.set(xlim=(0, seconds))
+    axes.set_title(f"{one['step']}, {how}: {max(used):,.0f} MiB at most")

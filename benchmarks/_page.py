@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks import growth, report
+from benchmarks import _targets, growth, report, timeline
 from benchmarks._figures import Picture
 from benchmarks._results import Results, kind_of
-from benchmarks._targets import Table, counts, papers_table, targets
+from benchmarks._targets import Table, counts
 
 
 def page(results: Sequence[Results], pictures: Sequence[Picture], studies: Sequence[Path]) -> str:
@@ -26,9 +26,10 @@ def page(results: Sequence[Results], pictures: Sequence[Picture], studies: Seque
     first, *others = pictures or [None]
     sections = [
         ("", _picture(first) if first else ""),
-        ("Every bar", "".join(_targets(results))),
-        ("Table 1 of arXiv 2403.10704, and ours", table(papers_table(results))),
+        ("Every bar", "".join(_bars(results, studies))),
+        ("Table 1 of arXiv 2403.10704, and ours", table(_targets.papers_table(results))),
         ("How cost grows", "".join(map(_growth, results))),
+        ("Memory over a step: the peaks, in MiB", "".join(map(_timeline, results))),
         ("Figures", "".join(map(_picture, others))),
         *((f"Study: {folder.name}", _study(folder)) for folder in studies),
         ("Not measured", _absent(pictures, studies)),
@@ -57,20 +58,30 @@ def _cell(text: str) -> str:
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
 
-def _targets(results: Sequence[Results]) -> Iterator[str]:
-    for on, name in (("cpu", "CPU"), ("gpu", "GPU")):
-        lines = targets(results, on)
+def _bars(results: Sequence[Results], studies: Sequence[Path]) -> Iterator[str]:
+    for name, lines in (
+        ("CPU", _targets.targets(results, "cpu")),
+        ("GPU", _targets.targets(results, "gpu")),
+        ("Learning", _targets.learning(studies)),
+    ):
         yield f"<h3>{name}</h3><ul>"
         for machine, found in counts(lines).items():
             told = ", ".join(f"{count} {verdict}" for verdict, count in found.items())
             yield f"<li>{escape(machine)}: {told}</li>"
         yield f"</ul><details open><summary>{len(lines) - 1} bars</summary>{table(lines)}</details>"
+    yield f"<h3>Compilers of the GPU kernels</h3>{table(_targets.COMPILED)}"
 
 
 def _growth(results: Results) -> str:
     if results.name != growth.NAME:
         return ""
     return f"<h3>{escape(kind_of(results.machine))}</h3>{table(growth.table(results))}"
+
+
+def _timeline(results: Results) -> str:
+    if not results.timelines:
+        return ""
+    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(timeline.table(results))}"
 
 
 def _picture(picture: Picture) -> str:
@@ -86,15 +97,20 @@ def _image(svg: str, name: str) -> str:
 
 
 def _study(folder: Path) -> str:
-    text, figure = folder / "table.md", folder / "figure.svg"
-    shown = f"<pre>{escape(text.read_text())}</pre>" if text.is_file() else ""
-    return shown + (_image(figure.read_text(), folder.name) if figure.is_file() else "")
+    figure = folder / "figure.svg"
+    drawn = _image(figure.read_text(encoding="utf-8"), folder.name) if figure.is_file() else ""
+    tables = (
+        f"<h3>{escape(title)}</h3>{table(lines)}"
+        for title, lines in _targets.study_tables(folder).items()
+    )
+    return f"<figure>{drawn}</figure><details><summary>tables</summary>{''.join(tables)}</details>"
 
 
 # What a page may show -> how its name begins, and what measures it.
 _KNOWN = {
     "Roofline": ("roofline", "python -m perl bench kernels --preset cpu"),
     "How cost grows": ("growth", "python -m benchmarks.growth"),
+    "Memory over a step": ("timeline", "python -m benchmarks.timeline"),
     "A step of REINFORCE by its phases": ("phases", "python -m perl bench policy --preset cpu"),
     "Accuracy against rank": ("study-reward", "python -m perl study reward"),
     "Reward against KL": ("study-policy", "python -m perl study policy"),

@@ -1,7 +1,7 @@
 """Rows of results, the machine they were taken on, and the JSON file that keeps both.
 
     {"name", "preset", "command", "date", "machine": {...}, "versions": {...},
-     "rows": [Row, ...], "failures": {case: why}, "left_out": [case, ...]}
+     "rows": [Row, ...], "failures": {case: why}, "left_out": [case, ...], "timelines": [...]}
 
 A file is rewritten after every row, so a run may be stopped at any time.
 """
@@ -75,11 +75,24 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # case -> what was wrong with it
     left_out: list[str] = field(default_factory=list)  # cases that the time did not reach
+    timelines: list[dict[str, Any]] = field(default_factory=list)  # benchmarks/timeline.py's
 
     @classmethod
     def begin(cls, name: str, preset: str, device: str = "cpu") -> Results:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(name, preset, command(), date, machine(device), versions())
+
+    @classmethod
+    def resume(cls, name: str, preset: str, folder: Path, device: str = "cpu") -> Results:
+        """What the folder has of this machine and these versions; a beginning where it has none."""
+        results = cls.begin(name, preset, device)
+        path = folder / f"{results.stem}.json"
+        if path.is_file():
+            old = cls.load(path)
+            threads = [one.machine["threads"] for one in (old, results)]
+            if old.versions == results.versions and threads[0] == threads[1]:
+                return old
+        return results
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -8,6 +8,7 @@ no others, and say so.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks._bars import BARS, Bar, standing
 from benchmarks._results import Results, Row, kind_of, multiplies_bf16
@@ -26,6 +27,33 @@ PAPER = {
     "RL, training speed": ("1.3×", "1.15×", "1.15×", "1.05×", "1.20×", "1.24×"),
 }
 STEPS = {"reward model": "reward_step", "RL": "policy_step"}
+# What models are to learn, as `perl study` words it, and how much.
+LEARNING = {
+    "Embedded world, pairs: accuracy, rank 16, tiny": "≥ 0.95",
+    "Embedded world: oracle, 0 to 1, rank 16 over full": "≥ 0.9",
+    "Coffee dialogs, true or shuffled answer: accuracy, rank 16, 5 layers": "≥ 0.88",
+    "Coffee dialogs, true or shuffled answer: full less rank 16, 5 layers": "≤ 0.02",
+    "Taskmaster Coffee, thumbs up or down: AUC, rank 16, 5 layers": "≥ 0.72",
+    "Taskmaster Coffee, thumbs up or down: full less rank 16, 5 layers": "≤ 0.02",
+}
+# What compilers say of the GPU kernels, for which no GPU is needed: it stands as its test passes.
+COMPILED = [
+    ["check", "on", "bar", "verdict", "test that fails otherwise"],
+    *(
+        [check, on, bar, "met", f"tests/{test}"]
+        for check, on, bar, test in (
+            ("Triton kernels at their pinned configurations compile",
+             "sm_80, sm_90, sm_100, gfx942", "all",
+             "test_triton_compile.py::test_compiles_and_fits"),
+            ("registers that Triton kernels spill", "sm_90", "0",
+             "test_triton_compile.py::test_no_spills_on_sm_90"),
+            ("matrix kernels of 16 bits use wgmma", "sm_90", "all",
+             "test_triton_compile.py::test_matrix_kernels_use_wgmma"),
+            (".cu files compile, where nvcc is, and spill no register", "sm_80, sm_90a, sm_100",
+             "all", "test_cuda_compile.py::test_compiles_without_spills"),
+        )
+    ),
+]  # fmt: skip
 
 
 def kinds(results: Sequence[Results], on: str) -> dict[str, list[Results]]:
@@ -50,13 +78,45 @@ def targets(results: Sequence[Results], on: str) -> Table:
 
 
 def counts(table: Table) -> dict[str, dict[str, int]]:
-    """By the machine, how many bars are met, missed and not measured."""
+    """By the machine or study, how many bars are met, missed and not measured."""
     verdicts = ("met", "missed", NOT_MEASURED)
-    columns = {name: [line[i] for line in table[1:]] for i, name in enumerate(table[0]) if i > 4}
+    first = table[0].index("over" if "over" in table[0] else "bar") + 1
+    columns = {
+        name: [line[i] for line in table[1:]] for i, name in enumerate(table[0]) if i >= first
+    }
     return {
         name: {verdict: sum(verdict in cell for cell in cells) for verdict in verdicts}
         for name, cells in columns.items()
     }
+
+
+def learning(studies: Sequence[Path]) -> Table:
+    """A line per bar of `perl study`, a column per folder of one; those of LEARNING first."""
+    bars: dict[str, str] = dict(LEARNING)
+    found: dict[str, dict[str, str]] = {}
+    for folder in studies:
+        cells = found[folder.name] = {}
+        for name, wanted, value, verdict in study_tables(folder).get("Bars", [])[1:]:
+            bars.setdefault(name, wanted)
+            cells[name] = f"{value} {verdict}"
+    table = [["study: check", "bar", *(found or {"perl study": {}})]]
+    for name, wanted in bars.items():
+        cells = [cells.get(name, NOT_MEASURED) for cells in found.values()] or [NOT_MEASURED]
+        table.append([name, wanted, *cells])
+    return table
+
+
+def study_tables(folder: Path) -> dict[str, Table]:
+    """The tables of a study's table.md, by title."""
+    tables: dict[str, Table] = {}
+    title = ""
+    for line in (folder / "table.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("**"):
+            title = line.strip("*")
+        elif line.startswith("|") and not line.startswith("| ---"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            tables.setdefault(title, []).append(cells)
+    return tables
 
 
 def papers_table(results: Sequence[Results]) -> Table:

@@ -187,14 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def begun(folder: Path) -> Results:
     """The rows that the folder has of this machine and these versions; none of others."""
-    results = Results.begin(NAME, NAME)
-    path = folder / f"{results.stem}.json"
-    if path.is_file():
-        old = Results.load(path)
-        threads = [one.machine["threads"] for one in (old, results)]
-        if old.versions == results.versions and threads[0] == threads[1]:
-            return old
-    results.machine["ceilings"] = ceilings("cpu")
+    results = Results.resume(NAME, NAME, folder)
+    if not results.rows:
+        results.machine["ceilings"] = ceilings("cpu")
     return results
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.report [NAME ...]          markdown of these results, or of all
     python -m benchmarks.report --write             figures, report.html, blocks of papers
+    python -m benchmarks.report --png FOLDER        figures as PNG, for what shows no SVG
     python -m benchmarks.report --readme FILE       rewrite the blocks of a file
     python -m benchmarks.report --check FILE        exit code 1 where a block and its JSON disagree
 
 A block is what stands between `<!-- results:NAME -->`, or `<!-- results:NAME bars -->` for the bars
 alone, and `<!-- /results -->`. NAME is a file of benchmarks/results without `.json`, or one of
-`MADE`: targets-cpu, targets-gpu, table-1, growth, figures, files.
+`MADE`: headlines, targets-cpu, targets-gpu, targets-compiled, targets-learning, table-1, growth,
+timeline, figures, studies, files.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import ROOT, _targets, growth
+from benchmarks import ROOT, _targets, growth, timeline
 from benchmarks._bars import geomeans
-from benchmarks._figures import phases_of, pictures
+from benchmarks._figures import headlines, phases_of, pictures
 from benchmarks._limits import Ceilings, share_of_limit
 from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import Table
@@ -295,7 +297,7 @@ def rewritten(text: str, folder: Path = FOLDER) -> str:
     def fill(block: re.Match[str]) -> str:
         name, path = block["name"], folder / f"{block['name']}.json"
         if name in MADE:
-            body = MADE[name](every_result(folder))
+            body = MADE[name](every_result(folder), studies_of(folder))
         elif path.exists():
             body = as_markdown(Results.load(path), bars_only=bool(block["bars"]))
         else:
@@ -316,41 +318,61 @@ def every_result(folder: Path) -> list[Results]:
     return [Results.load(path) for path in sorted(folder.glob("*.json"))]
 
 
-def _bars_everywhere(on: str) -> Callable[[Sequence[Results]], str]:
-    def made(results: Sequence[Results]) -> str:
-        table = _targets.targets(results, on)
-        told = [
-            f"- {machine}: {', '.join(f'{count} {verdict}' for verdict, count in found.items())}"
-            for machine, found in _targets.counts(table).items()
-        ]
-        return "\n".join([*told, "", _piped(table)]) + "\n"
-
-    return made
+def studies_of(folder: Path) -> list[Path]:
+    """Folders of `perl study`."""
+    return sorted(path.parent for path in folder.glob("study-*/study.json"))
 
 
-def _papers_table(results: Sequence[Results]) -> str:
-    return _piped(_targets.papers_table(results)) + "\n"
+def _bars(table: Table) -> str:
+    told = [
+        f"- {name}: {', '.join(f'{count} {verdict}' for verdict, count in found.items())}"
+        for name, found in _targets.counts(table).items()
+    ]
+    return "\n".join([*told, "", _piped(table)]) + "\n"
 
 
-def _figures(results: Sequence[Results]) -> str:
+def _figures(results: Sequence[Results], studies: Sequence[Path]) -> str:
     shown = (f"![{p.title}]({p.name}.svg)\n\n{p.title}. {p.note}" for p in pictures(results))
     return "\n\n".join(shown) + "\n"
 
 
-def _growth(results: Sequence[Results]) -> str:
+def _by_machine(results: Sequence[Results], tell: Callable[[Results], Table], command: str) -> str:
+    told = [f"{kind_of(one.machine)}\n\n{_piped(tell(one))}\n" for one in results]
+    return "\n".join(told) or f"Not measured: `{command}`\n"
+
+
+def _growth(results: Sequence[Results], studies: Sequence[Path]) -> str:
     found = [one for one in results if one.name == growth.NAME]
-    told = (f"{kind_of(one.machine)}\n\n{_piped(growth.table(one))}\n" for one in found)
-    return "\n".join(told) or "Not measured: `python -m benchmarks.growth`\n"
+    return _by_machine(found, growth.table, "python -m benchmarks.growth")
 
 
-def _files(results: Sequence[Results]) -> str:
+def _timelines(results: Sequence[Results], studies: Sequence[Path]) -> str:
+    found = [one for one in results if one.timelines]
+    return _by_machine(found, timeline.table, "python -m benchmarks.timeline")
+
+
+def _studies(results: Sequence[Results], studies: Sequence[Path]) -> str:
+    shown = (
+        f"[{study.name}]({study.name}/table.md)\n\n![{study.name}]({study.name}/figure.svg)\n"
+        for study in studies
+    )
+    return "\n".join(shown) or "Not measured: `python -m perl study reward|policy`\n"
+
+
+def _files(results: Sequence[Results], studies: Sequence[Path]) -> str:
     return "\n".join(f"### {one.stem}\n\n{as_markdown(one)}" for one in results)
 
 
-# Blocks that are made of all results: every bar on every machine, the paper's table, ...
-MADE: dict[str, Callable[[Sequence[Results]], str]] = {
-    "targets-cpu": _bars_everywhere("cpu"), "targets-gpu": _bars_everywhere("gpu"),
-    "table-1": _papers_table, "growth": _growth, "figures": _figures, "files": _files,
+# Blocks that are made of all results and studies: every bar on every machine, figures, ...
+MADE: dict[str, Callable[[Sequence[Results], Sequence[Path]], str]] = {
+    "headlines": lambda results, studies: _piped(headlines(results)) + "\n",
+    "targets-cpu": lambda results, studies: _bars(_targets.targets(results, "cpu")),
+    "targets-gpu": lambda results, studies: _bars(_targets.targets(results, "gpu")),
+    "targets-compiled": lambda results, studies: _piped(_targets.COMPILED) + "\n",
+    "targets-learning": lambda results, studies: _bars(_targets.learning(studies)),
+    "table-1": lambda results, studies: _piped(_targets.papers_table(results)) + "\n",
+    "growth": _growth, "timeline": _timelines, "figures": _figures, "studies": _studies,
+    "files": _files,
 }  # fmt: skip
 
 
@@ -366,9 +388,8 @@ def write(folder: Path, papers: Sequence[Path]) -> list[Path]:
     results = every_result(folder)
     found = pictures(results)
     written = [picture.write(folder) for picture in found]
-    studies = sorted(path.parent for path in folder.glob("study-*/study.json"))
     written.append(folder / "report.html")
-    written[-1].write_text(_page.page(results, found, studies), encoding="utf-8")
+    written[-1].write_text(_page.page(results, found, studies_of(folder)), encoding="utf-8")
     for paper in papers:
         paper.write_text(rewritten(paper.read_text(), folder))
     return [*written, *papers]
@@ -395,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--write", action="store_true",
         help="figures and report.html into the folder; the blocks of README.md and of its own",
     )  # fmt: skip
+    does.add_argument("--png", type=Path, metavar="FOLDER", help="figures as PNG into FOLDER")
     does.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the blocks of FILE")
     does.add_argument("--check", type=Path, metavar="FILE", help="compare the blocks of FILE")
     options = parser.parse_args(arguments)
@@ -405,6 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write:
             for path in write(folder, papers):
                 print(path)
+        elif options.png:
+            for picture in pictures(every_result(folder)):
+                print(picture.write(options.png, "png"))
         elif options.readme:
             options.readme.write_text(rewritten(options.readme.read_text(), folder))
         elif options.check:

@@ -55,11 +55,16 @@ class PeakMemory:
         return _status_bytes("VmHWM") if self.resettable else _process_peak()
 
     def _in_use(self) -> int:
-        if self.cuda:
-            import torch
+        return in_use(self.device) if self.cuda or self.resettable else _process_peak()
 
-            return torch.cuda.memory_allocated(self.device)
-        return _status_bytes("VmRSS") if self.resettable else _process_peak()
+
+def in_use(device: torch.device | str = "cpu") -> int:
+    """Bytes in use now: of torch's allocator on CUDA, else the resident set, by Linux's /proc."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS")
 
 
 def _reset_high_water_mark() -> bool:

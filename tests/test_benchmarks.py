@@ -23,10 +23,16 @@ from benchmarks import (
     gpu,
     growth,
     report,
+    timeline,
 )
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
-from perl import cli, studies
+from perl import cli, studies, train_policy, train_reward
+from perl.backbone import Backbone
+from perl.config import StudyConfig
+from perl.optimizer import Optimizer
+from perl.study_policy import PolicyStudy
+from perl.study_reward import RewardStudy
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -550,6 +556,80 @@ def test_the_share_of_the_limit():
     assert "| 3 GFLOP/s | 75% |" in report.as_markdown(results)
 
 
+class Told(dict):
+    """Figures of every job of a study, whatever it is called."""
+
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        told = ("validation_accuracy", "validation_auc", "reward", "kl", "reward_before",
+                "reward_std_before", "step_ms", "peak_mb")  # fmt: skip
+        return dict.fromkeys(told, 0.5)
+
+
+def test_learning_bars_are_those_of_the_studies(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv("PERL_SHARED", str(tmp_path))
+    bars = {}
+    for study in (RewardStudy, PolicyStudy):
+        task = study.__name__.removesuffix("Study").lower()
+        plan = study(StudyConfig(task=task, out=str(tmp_path / task)))
+        plan.record["jobs"] = Told()
+        bars |= {row[""]: row["wanted"] for row in plan.bars()}
+    assert _targets.LEARNING.items() <= bars.items()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in _results.FOLDER.glob("study-*/study.json")), ids=str
+)
+def test_tables_of_committed_studies_agree_with_their_json(tmp_path, monkeypatch, folder):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv("PERL_SHARED", str(tmp_path))
+    record = json.loads((folder / "study.json").read_text())
+    task = next(task for task in studies.STUDIES if folder.name.startswith(f"study-{task}"))
+    plan = studies.STUDIES[task](
+        StudyConfig(task=task, preset=record["preset"], out=str(folder), resume=True)
+    )
+    plan.record["machine"] = record["machine"]
+    assert plan.text() == (folder / "table.md").read_text()
+
+
+def test_bars_of_learning_stand_beside_those_not_measured(tmp_path):
+    study = tmp_path / "study-reward-here"
+    study.mkdir()
+    name = next(iter(_targets.LEARNING))
+    (study / "table.md").write_text(
+        f"**Bars**\n\n|  | wanted | found | met |\n| --- | ---: | ---: | ---: |\n"
+        f"| {name} | ≥ 0.95 | 0.918 | missed |\n| another | ≤ 0.02 | 0.010 | met |\n"
+    )
+    table = _targets.learning([study])
+    assert table[0] == ["study: check", "bar", "study-reward-here"]
+    assert table[1] == [name, "≥ 0.95", "0.918 missed"] and table[-1][2] == "0.010 met"
+    assert _targets.counts(table) == {
+        "study-reward-here": {"met": 1, "missed": 1, "not measured": len(_targets.LEARNING) - 1}
+    }
+    assert {line[2] for line in _targets.learning([])[1:]} == {"not measured"}
+
+
+def test_what_compilers_say_is_tested():
+    for line in _targets.COMPILED[1:]:
+        path, _, test = line[-1].partition("::")
+        assert f"def {test}(" in (ROOT / path).read_text()
+
+
+def test_a_headline_has_every_machine_and_the_command_that_measures_it():
+    results = make_results(make_row(dtype="fp32", memory={"ours": 30, "peft": 60}))
+    table = _figures.headlines([results])
+    assert table[0][1:] == ["Some CPU @ 2.00GHz, avx2, 2 cores, fp32", "command, on a CPU"]
+    (line,) = (line for line in table if line[0] == "LoRA layer, against PEFT")
+    assert line[1:] == ["0.40, 0.50", "`pytest benchmarks/bench_lora_linear.py --preset full`"]
+    assert {n[1] for n in table[1:] if n is not line} == {"not measured"}
+    assert {n[1] for n in _figures.headlines([])[1:]} == {"not measured"}
+
+
 def test_a_verdict_has_its_colour_and_a_word_that_holds_one_has_none():
     assert _page.table([["over", "met"], ["geometric mean", "1.2 missed (quick)"]]).endswith(
         '<td>geometric mean</td><td class="missed">1.2 missed (quick)</td></tr></table></div>'
@@ -562,7 +642,7 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     results.write([tmp_path])
     (tmp_path / "study-h200").mkdir()
     (tmp_path / "study-h200/study.json").write_text("{}")
-    (tmp_path / "study-h200/table.md").write_text("| rank | <accuracy> |")
+    (tmp_path / "study-h200/table.md").write_text("**Pairs**\n\n| rank |\n| --- |\n| <4> |\n")
     paper = tmp_path / "README.md"
     paper.write_text(
         "".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in report.MADE)
@@ -576,7 +656,11 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     assert not report.stale(tmp_path, [paper])
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/svg+xml") == len(figures) and 'src="http' not in page
-    assert "&lt;accuracy&gt;" in page and '<td class="none">not measured</td>' in page
+    assert (
+        "<h3>Pairs</h3>" in page
+        and "&lt;4&gt;" in page
+        and '<td class="none">not measured</td>' in page
+    )
     absent = page[page.index("<h2>Not measured") :]
     assert "Reward against KL" in absent and "How cost grows" in absent
     assert "Roofline" not in absent and "Accuracy against rank" not in absent
@@ -721,3 +805,105 @@ def test_phases_of_a_step_are_drawn():
         "fp32: frozen": [4.0, 1.0, 2.0],
     }
     assert "scoring and anchor" in picture.svg()
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory over a step
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What `timeline.watched` wraps, which has a process of its own otherwise."""
+    for owner, name in (
+        (Backbone, "hidden"), (Optimizer, "clip"), (train_policy, "Run"), (train_policy, "Clock"),
+        (train_reward, "Run"), (train_reward, "batch_loss"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+@pytest.mark.parametrize("tuning", timeline.TUNINGS)
+def test_a_timeline_tells_phases_roles_and_what_is_held(tmp_path, restored, tuning):
+    found = timeline.cases("tiny")
+    case = found[timeline.POLICY]
+    timeline.bench_policy_step.write_inputs(tmp_path, case)
+    told = timeline.watched(timeline.config_of(timeline.POLICY, tuning, case, tmp_path))
+    marks = [(mark["phase"], mark["role"]) for mark in told["marks"]]
+    assert marks == [
+        ("rollout", "policy"), ("score", "policy"), ("score", "reward"), ("score", "anchor"),
+        ("learn", "anchor"), ("learn", "value"), ("learn", "policy"), ("update", "policy"),
+    ]  # fmt: skip
+    gradients = [mark["gradients"] for mark in told["marks"]]
+    held = told["held"]
+    trained = {role for role, of in held.items() if "optimizer" in of}
+    assert trained == {"policy", "value"} and held.keys() == {*trained, "reward", "anchor"}
+    # value's are there when the policy begins, both when they are clipped, none before
+    assert gradients[:6] == [0] * 6 and gradients[6] == held["value"]["optimizer"] / 2
+    assert gradients[7] == sum(held[role]["optimizer"] for role in trained) / 2
+    assert 0 < len(told["bytes"]) <= timeline.POINTS and min(told["bytes"]) > 2**26
+    ends = [mark["at"] for mark in told["marks"]]
+    assert ends == sorted(ends) and ends[0] == 0 and ends[-1] < told["seconds"]
+
+
+def make_timeline(step, tuning):
+    marks = [
+        {"at": 0.0, "phase": "forward", "role": "reward", "gradients": 0},
+        {"at": 1.0, "phase": "backward", "role": "reward", "gradients": 0},
+        {"at": 3.0, "phase": "update", "role": "reward", "gradients": 4 * MIB},
+    ]
+    held = {"reward": {"weights": 10 * MIB, "optimizer": 8 * MIB}, "anchor": {"weights": 20 * MIB}}
+    return {
+        "step": step, "tuning": tuning, "dtype": "fp32", "shape": {"R": 16}, "device": "cpu",
+        "seconds": 4.0, "libraries": 100 * MIB, "held": held, "marks": marks,
+        "bytes": [n * MIB for n in (150, 190, 170, 145)],
+    }  # fmt: skip
+
+
+def test_the_peak_of_a_step_is_split_and_drawn(tmp_path):
+    results = make_results(name="timeline")
+    results.preset = timeline.NAME
+    results.timelines = [make_timeline("reward model", how) for how in timeline.TUNINGS]
+    results.write([tmp_path])
+    (kept,) = report.every_result(tmp_path)
+    assert kept.timelines == results.timelines
+    line = ["fp32", "4", "190", "backward, reward", "100", "30", "8", "0", "52"]
+    assert timeline.table(kept)[1:] == [["reward model", how, *line] for how in timeline.TUNINGS]
+    parts = timeline.split(results.timelines[0], 3)
+    assert [count // MIB for count in parts.values()] == [100, 30, 8, 4, 3]
+    (picture,) = _figures.pictures([kept])
+    drawn = picture.svg()
+    assert "reward model, LoRA, rank 16: 190 MiB at most" in drawn and "MiB in use" in drawn
+    assert all(f">{word}<" in drawn for word in ("backward", "gradients", "libraries", "anchor"))
+    assert "value" not in drawn  # no step here has one
+    assert report.main(["--results", str(tmp_path), "--png", str(tmp_path / "png")]) == 0
+    (path,) = (tmp_path / "png").iterdir()
+    assert path.name == f"{picture.name}.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_readings_become_the_greatest_of_equal_parts(monkeypatch):
+    monkeypatch.setattr(timeline, "POINTS", 4)
+    watch = timeline.Watch("cpu")
+    watch.backbone = type("Model", (), {"role_bytes": lambda self: {"reference": {"weights": 1}}})()
+    watch.readings = [(0.5, 3), (0.9, 7), (1.1, 2), (3.5, 4), (4.0, 5)]
+    told = watch.told()
+    assert told["bytes"] == [7, 2, 2, 5] and told["seconds"] == 4.0
+    assert told["held"] == {"anchor": {"weights": 1}}
+
+
+def test_timelines_go_on_where_they_were(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(step, tuning, case):
+        asked.append((step, tuning))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return make_timeline(step, tuning)
+
+    monkeypatch.setattr(timeline, "measure", measure)
+    arguments = ["--preset", "tiny", "--results", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        timeline.main(arguments)
+    assert timeline.main(arguments) == 0
+    first, second, third, *rest = asked
+    assert rest == [third, (timeline.POLICY, "lora")] and third == (timeline.POLICY, "full")
+    assert capsys.readouterr().out.count("backward, reward") == 4

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from perl.config import RewardConfig, UsageError
-from perl.memory import PeakMemory
+from perl.memory import PeakMemory, in_use
 from perl.optimizer import Optimizer
 from perl.run import (
     Interrupted,
@@ -292,6 +292,16 @@ def test_peak_memory_sees_what_was_freed_and_forgets_what_came_before():
         pass
     if quiet.resettable:
         assert quiet.bytes < peak.bytes - 0.5 * size
+
+
+def test_memory_in_use_follows_what_is_taken_and_freed():
+    size = 64 * 2**20
+    gc.collect()
+    before = in_use()
+    block = numpy.ones(size, dtype=numpy.uint8)
+    held = in_use()
+    del block
+    assert 0.95 * size <= held - before and in_use() < held - 0.5 * size
 
 
 def test_config_is_written_as_resolved(tmp_path):
