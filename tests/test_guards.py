@@ -98,29 +98,32 @@ def test_the_last_good_checkpoint_stays(tmp_path):
 
 
 FALLING = """
-calls = 0
+from pathlib import Path
+CALLS = Path(__file__).with_name("calls")
 def falling(prompts, completions):
-    global calls
-    calls += 1
-    return [float(-calls)] * len(completions)
+    CALLS.write_text(CALLS.read_text() + "." if CALLS.exists() else ".")
+    return [-float(len(CALLS.read_text()))] * len(completions)
 """
 
 
 def test_a_diverging_run_ends_with_code_3_and_a_good_checkpoint(tmp_path, capsys, monkeypatch):
-    """Calls: 1 is step 0's samples, then one a step; rewards of all answers are alike."""
+    """Calls: 1 is step 0's samples, 2 to 4 are steps, 5 the last one's samples, 6 is step 4's;
+    rewards of all answers are alike. What the guards saw before the end of the first run counts.
+    """
     monkeypatch.setattr(cli, "_report", lambda config: None)
     monkeypatch.setattr(guards, "WINDOW", 2)
     (tmp_path / "reward.py").write_text(FALLING)
     base = save_tiny(tmp_path / "base")
     data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "tea"}, {"prompt": "a latte"}])
-    code = cli.main([str(word) for word in [
+    assert cli.main([str(word) for word in [
         "reinforce", "--model", base, "--data", data, "--out", tmp_path / "run", "--device", "cpu",
-        "--reward-function", f"{tmp_path / 'reward.py'}:falling", "--steps", 9, "--lora-rank", 2,
+        "--reward-function", f"{tmp_path / 'reward.py'}:falling", "--steps", 3, "--lora-rank", 2,
         "--checkpoint-every", 1, "--keep-checkpoints", 1, "--prompts-per-step", 2,
         "--max-new-tokens", 3,
-    ]])  # fmt: skip
-    said = capsys.readouterr().err
-    assert code == 3
-    assert "the mean reward of the last 2 steps lies 2 below" in said and "at step 4" in said
+    ]]) == 0  # fmt: skip
+    go_on = ["reinforce", "--out", str(tmp_path / "run"), "--resume", "--steps", "9"]
+    assert cli.main(go_on) == 3
+    said = capsys.readouterr().err  # (-2 - 3) / 2 - (-4 - 6) / 2
+    assert "the mean reward of the last 2 steps lies 2.5 below" in said and "at step 4" in said
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-3;" in said
     assert (tmp_path / "run/checkpoints/step-3/policy").is_dir()
