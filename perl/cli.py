@@ -1,8 +1,8 @@
 """The command line: one subcommand per config dataclass, one flag per field.
 
 Exit codes: 0 done · 2 bad input (one line on stderr, nothing written) · 3 stopped on a loss that
-is not finite, or a policy that diverges · 4 stopped by a reward source that failed, with a
-checkpoint · 130 stopped by Ctrl-C, with a checkpoint. torch and transformers are imported only
+is not finite, or a policy that diverges · 4 stopped by a source of rewards or verdicts that failed,
+with what was done kept · 130 stopped by Ctrl-C, likewise. torch and transformers are imported only
 after the arguments are parsed.
 """
 

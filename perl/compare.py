@@ -23,7 +23,7 @@ from perl.policies import Answer
 from perl.progress import progress
 from perl.report import write_verdicts
 from perl.reward_sources import open_text_source
-from perl.run import Interrupted, role_folder
+from perl.run import role_folder
 from perl.training import open_backbone
 
 SIDES = ("first", "second")
@@ -37,9 +37,13 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     policies.want_prompts(config, rows)
     config = dataclasses.replace(config, model=base(config))
     template = judge.read_template(config.judge_template, judge.COMPARISON, judge.PAIR)
-    function = config.judge_function and judge.load_judge_function(config.judge_function)
+    function = None
+    if config.judge_function:
+        function = judge.load_judge_function(
+            config.judge_function, config.judge_timeout, config.batch_size
+        )
     source = open_text_source(config, lambda: rows[0]["prompt"])
-    file = GrowingRows(out, settings(config, template))
+    file = GrowingRows(out, settings(config, template), mendable=functions(config))
     if not file.folder.exists():
         new_file(page)
     backbone = open_backbone(config)
@@ -58,23 +62,17 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     # ---- loop
     window = WINDOW * config.batch_size
     with file, progress(len(prompts), "compare", "prompt", done=file.count) as bar:
-        try:
-            for start in range(file.count, len(prompts), window):
-                part = prompts.part(slice(start, start + window))
-                answers = [policies.answers_of(config, backbone, p, part, start) for p in both]
-                rewards = [rewards_of(part, given) for given in answers] if rewards_of else None
-                opinions = opinions_of(part, *answers) if opinions_of else by_reward(*rewards)
-                kl = [
-                    policies.kl_to_base(config, backbone, policy, part, given)
-                    for policy, given in zip(both, answers, strict=True)
-                ]
-                file.append(rows_of(config, part, answers, opinions, rewards, kl))
-                bar.update(len(part))
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{file.count} of {len(prompts)} prompts are in {file.folder}; the same command "
-                "goes on with them"
-            ) from None
+        for start in range(file.count, len(prompts), window):
+            part = prompts.part(slice(start, start + window))
+            answers = [policies.answers_of(config, backbone, p, part, start) for p in both]
+            rewards = [rewards_of(part, given) for given in answers] if rewards_of else None
+            opinions = opinions_of(part, *answers) if opinions_of else by_reward(*rewards)
+            kl = [
+                policies.kl_to_base(config, backbone, policy, part, given)
+                for policy, given in zip(both, answers, strict=True)
+            ]
+            file.append(rows_of(config, part, answers, opinions, rewards, kl))
+            bar.update(len(part))
 
     # ---- figures
     judged = file.read()
@@ -101,19 +99,18 @@ def base(config: CompareConfig) -> str:
 def settings(config: CompareConfig, template: str) -> dict[str, Any]:
     """What the verdicts depend on: flags, and the files of data, functions and models as now."""
     values = dataclasses.asdict(config) | {"judge_template": template}
-    for name in ("out", "device", "threads", "reward_timeout", "reward_retries"):
+    for name in ("out", "device", "threads", "judge_timeout", "reward_timeout", "reward_retries"):
         del values[name]
-    files = [Path(config.data)]
-    for function in (config.judge_function, config.reward_function):
-        files += [Path(function.rpartition(":")[0])] if function else []
-    for name in (config.first, config.second):
-        if Path(name).is_file():
-            files.append(Path(name))
-        elif name != policies.BASE:
-            files += sorted(role_folder(name, "policy").glob("*.safetensors"))
+    files = [*policies.files_of(config, (config.first, config.second)), *functions(config)]
     for folder in config.reward_model or []:
         files += sorted(role_folder(folder, "reward").glob("*.safetensors"))
     return values | stamps(files)
+
+
+def functions(config: CompareConfig) -> list[str]:
+    """The files of functions, which may be mended where they fail."""
+    named = filter(None, (config.judge_function, config.reward_function))
+    return [target.rpartition(":")[0] for target in named]
 
 
 # ----------------------------------------------------------------------------------- judgement
@@ -167,11 +164,9 @@ def rows_of(
             row["judge_mass"] = statistics.fmean(opinion.mass for opinion in both)
         for k, side in enumerate(SIDES):
             answer = answers[k][i]
-            row[side] = {
-                "completion": answer.text,
-                "tokens": len(answer.ids),
-                "ended": answer.ended,
-            }
+            row[side] = {"completion": answer.text, "tokens": len(answer.ids)}
+            if answer.ended is not None:
+                row[side]["ended"] = answer.ended
             if rewards:
                 row[side]["reward"] = rewards[k].reward[i].item()
             if kl[k]:

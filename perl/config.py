@@ -16,6 +16,7 @@ import os
 import types
 import typing
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,12 @@ class Stopped(Exception):
     """A run that ended early on purpose; the message says why, and how to go on."""
 
     exit_code = 1
+
+
+class Unfinished(Stopped):
+    """Work that cannot go on; the message says why, what of it is kept, and how to go on."""
+
+    exit_code = 4
 
 
 def option(
@@ -84,6 +91,26 @@ class Config:
         for field in dataclasses.fields(self):
             value = _checked(field, hints[field.name], getattr(self, field.name))
             setattr(self, field.name, value)
+
+
+def given(config: Config, names: Sequence[str]) -> list[str]:
+    """The flags of those options that are not at their defaults."""
+    found = []
+    for name in names:
+        field, value = config.__dataclass_fields__[name], getattr(config, name)
+        default = field.default_factory() if field.default is MISSING else field.default
+        if value != default:
+            found.append(flag(f"no_{name}" if value is False else name))
+    return found
+
+
+def refuse_unused(config: Config, names: Sequence[str], what_for: str) -> None:
+    """UsageError for an option that was given and would do nothing.
+
+    what_for: what these options are for, and this configuration is not.
+    """
+    if flags := given(config, names):
+        raise UsageError(f"{flags[0]} is for {what_for}; leave it out")
 
 
 @dataclass(kw_only=True)
@@ -146,7 +173,7 @@ def _reward_timeout() -> Any:
         above=0,
         resumable=True,
         help="how long a reward function, or one request to --reward-url, may take (default "
-        f"{REWARD_TIMEOUT:g})",
+        f"{TIMEOUT:g})",
     )
 
 
@@ -160,7 +187,7 @@ def _reward_retries() -> Any:
     )
 
 
-REWARD_TIMEOUT = 180.0  # seconds: a model behind an endpoint, or in a function, scores a batch
+TIMEOUT = 180.0  # seconds: a model behind an endpoint, or in a function, reads a batch
 REWARD_RETRIES = 5  # half a minute of waiting: a server that is started anew
 
 
@@ -181,12 +208,12 @@ def _check_reward_source(config: Any, needed: bool) -> None:
             )
         if config.reward_retries is None:
             config.reward_retries = REWARD_RETRIES
-    elif config.reward_retries is not None:
-        raise UsageError("--reward-retries is for --reward-url; leave it out")
+    else:
+        refuse_unused(config, ["reward_retries"], "--reward-url")
     if config.reward_url is not None or config.reward_function is not None:
-        config.reward_timeout = config.reward_timeout or REWARD_TIMEOUT
-    elif config.reward_timeout is not None:
-        raise UsageError("--reward-timeout is for --reward-url and --reward-function; leave it out")
+        config.reward_timeout = config.reward_timeout or TIMEOUT
+    else:
+        refuse_unused(config, ["reward_timeout"], "--reward-url and --reward-function")
 
 
 def _is_http(url: str) -> bool:
@@ -205,24 +232,26 @@ _POLICY = _FOLDER + "; or a file of {prompt, completion} answers"
 
 
 def _check_judge(config: Any) -> None:
-    for name in ("judge_template", "judge_labels"):
-        if getattr(config, name) is not None and config.judge_model is None:
-            raise UsageError(f"{flag(name)} is for a --judge-model; give one, or leave it out")
+    if config.judge_model is None:
+        refuse_unused(config, ["judge_template", "judge_labels"], "a --judge-model")
     if config.judge_labels is not None and len(config.judge_labels) != 2:
         raise UsageError(f"--judge-labels has {len(config.judge_labels)} words; want two")
     if config.judge_labels is not None and config.judge_template is None:
         raise UsageError("--judge-labels wants the --judge-template that asks for these words")
 
 
+def _check_sampling(config: Any, policies: Sequence[str]) -> None:
+    if policies and all(map(os.path.isfile, policies)):
+        what_for = "policies that answer (files hold answers already)"
+        refuse_unused(config, ["temperature", "stop"], what_for)
+
+
 def _check_reward_models(config: Any) -> None:
     folders = config.reward_model or []
     if len(set(map(os.path.realpath, folders))) < len(folders):
         raise UsageError(f"--reward-model names a folder twice: {', '.join(folders)}")
-    if config.ensemble is not None and len(folders) < 2:
-        raise UsageError(
-            "--ensemble says how several --reward-model folders become one reward; give at least "
-            "two, or leave it out"
-        )
+    if len(folders) < 2:
+        refuse_unused(config, ["ensemble"], "at least two --reward-model folders")
 
 
 @dataclass(kw_only=True)
@@ -309,6 +338,18 @@ class TrainConfig(ModelConfig):
         if self.lr is None:
             self.lr = 1e-4 if self.tuning == "lora" else 1e-5
 
+    def unused(self) -> list[str]:
+        """Flags that were given and do nothing here.
+
+        They are not refused: `--tuning full` beside a command, or a file, with LoRA is the
+        comparison that they are for.
+        """
+        names = [] if self.validation else ["validate_every"]
+        if self.tuning == "full":
+            names += [name for name in self.__dataclass_fields__ if name.startswith("lora_")]
+            names.append("use_rslora")
+        return given(self, names)
+
 
 @dataclass(kw_only=True)
 class SftConfig(TrainConfig):
@@ -347,8 +388,8 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.validation is None and (self.early_stop or self.best_metric != "auto"):
-            raise UsageError("--early-stop and --best-metric want --validation FILE to measure on")
+        if self.validation is None:
+            refuse_unused(self, ["early_stop", "best_metric"], "runs with --validation FILE")
 
 
 @dataclass(kw_only=True)
@@ -473,11 +514,18 @@ class ReinforceConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.value_lr is None:
+        if self.baseline != "value":
+            refuse_unused(self, ["value_lr"], "--baseline value")
+        elif self.value_lr is None:
             self.value_lr = self.lr
         _check_reward_source(self, needed=True)
         self._check_kl()
         self._check_updates()
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a step has more than one, so that ratios to the sampling policy are learnt."""
+        return self.epochs_per_batch * self.minibatches > 1
 
     def _check_kl(self) -> None:
         if self.kl_estimator is None:
@@ -492,13 +540,13 @@ class ReinforceConfig(TrainConfig):
                 "--kl-estimator k1 has no gradient on average as a term of the loss; give exact or "
                 "k3, or --kl-in reward"
             )
-        if self.kl_in == "loss" and self.kl_per == "sequence":
-            raise UsageError("--kl-per sequence is of --kl-in reward; in the loss it is per token")
-        if self.kl_horizon is not None and self.kl_target is None:
-            raise UsageError("--kl-horizon is of the adaptive beta; give --kl-target, or leave it")
-        if self.kl_target is not None:
-            if self.beta == 0:
-                raise UsageError("--kl-target multiplies beta, which starts at 0; give --beta")
+        if self.kl_in == "loss":
+            refuse_unused(self, ["kl_per"], "--kl-in reward (in the loss it is per token)")
+        if self.kl_target is None:
+            refuse_unused(self, ["kl_horizon"], "the adaptive beta of --kl-target")
+        elif self.beta == 0:
+            raise UsageError("--kl-target multiplies beta, which starts at 0; give --beta")
+        else:
             self.kl_horizon = self.kl_horizon or 10
 
     def _check_updates(self) -> None:
@@ -507,20 +555,21 @@ class ReinforceConfig(TrainConfig):
                 "--baseline leave_one_out is the mean of other answers to the prompt; give "
                 "--answers-per-prompt 2 or more"
             )
-        if self.epochs_per_batch * self.minibatches == 1:
-            if self.clip_epsilon is not None:
-                raise UsageError(
-                    "--clip-epsilon is of several updates per step (the ratio is 1 in the first); "
-                    "give --epochs-per-batch or --minibatches, or leave it out"
-                )
+        if not self.several_updates:
+            refuse_unused(
+                self,
+                ["clip_epsilon"],
+                "several updates per step, by --epochs-per-batch or --minibatches (the ratio is 1 "
+                "in the first)",
+            )
             return
         if self.clip_epsilon is None:
             self.clip_epsilon = 0.2
-        if self.importance_cap is not None:
-            raise UsageError(
-                "--importance-cap weighs by pi / pi_sampled, the ratio that several updates per "
-                "step learn and clip already; leave it out, or --epochs-per-batch and --minibatches"
-            )
+        refuse_unused(
+            self,
+            ["importance_cap"],
+            "one update per step (several learn and clip that ratio already)",
+        )
 
 
 @dataclass(kw_only=True)
@@ -529,6 +578,8 @@ class EvaluateConfig(ModelConfig):
 
     Policies answer the prompts of the rows. Their answers are rewarded, held against the base (KL)
     and put to a judge's yes/no question; several policies stand below each other in one table.
+    Killed, it starts anew. Answers of many prompts are better kept: `generate --out FILE` goes on
+    after a kill, and --policy FILE has them scored.
     """
 
     model: str | None = option(
@@ -586,6 +637,7 @@ class EvaluateConfig(ModelConfig):
             )
         _check_reward_source(self, needed=False)
         _check_judge(self)
+        _check_sampling(self, self.policy or [])
 
 
 @dataclass(kw_only=True)
@@ -624,6 +676,13 @@ class CompareConfig(ModelConfig):
         help="FILE.py:NAME, a Python function NAME(prompts, first, second) -> list of first, "
         "second or tie, or of numbers above 0 where the first is better",
     )
+    judge_timeout: float | None = option(
+        None,
+        unit="seconds",
+        above=0,
+        help="how long the --judge-function may take for --batch-size prompts (default "
+        f"{TIMEOUT:g})",
+    )
     reward_model: list[str] | None = option(
         None,
         metavar="FOLDER",
@@ -657,6 +716,10 @@ class CompareConfig(ModelConfig):
         super().__post_init__()
         if self.judge_model and self.judge_function:
             raise UsageError("give --judge-model or --judge-function, not both")
+        if self.judge_function is None:
+            refuse_unused(self, ["judge_timeout"], "--judge-function")
+        else:
+            self.judge_timeout = self.judge_timeout or TIMEOUT
         _check_judge(self)
         rewards = (self.reward_model, self.reward_function, self.reward_url)
         if not any((self.judge_model, self.judge_function, *rewards)):
@@ -667,6 +730,7 @@ class CompareConfig(ModelConfig):
         if self.out.endswith(".html"):
             raise UsageError("--out is for the JSONL file; the page beside it ends in .html")
         _check_reward_source(self, needed=False)
+        _check_sampling(self, [self.first, self.second])
 
 
 @dataclass(kw_only=True)
@@ -705,7 +769,7 @@ class ScoreConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class GenerateConfig(ModelConfig):
-    """Answers for prompts, as text or JSON lines."""
+    """Answers for prompts, as text or JSON lines. Killed, a command with --out goes on."""
 
     prompt: str | None = option(None, help="one prompt, printed with its answer")
     data: str | None = option(None, help="rows with a prompt column")
@@ -724,6 +788,10 @@ class GenerateConfig(ModelConfig):
         super().__post_init__()
         if (self.prompt is None) == (self.data is None):
             raise UsageError("generate wants exactly one of --prompt TEXT and --data FILE")
+        if self.data is None:
+            refuse_unused(self, ["rows"], "--data")
+        if self.temperature == 0:
+            refuse_unused(self, ["top_k", "top_p"], "sampling, not for --temperature 0")
 
 
 @dataclass(kw_only=True)
@@ -789,6 +857,13 @@ class DataConfig(Config):
     rows: int = option(2, unit="rows", at_least=0, help="rows to show")
     out: str | None = option(None, help="write the rows here as JSONL; for cafe, the folder")
     seed: int = option(0, at_least=0, help="seed of the embedded world")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path == "cafe":
+            refuse_unused(self, ["format", "model"], "a data file")
+        else:
+            refuse_unused(self, ["seed"], "the embedded world, `data cafe`")
 
 
 BENCH_PEERS = ("peft", "trl", "liger", "unsloth", "cce", "compile")

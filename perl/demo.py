@@ -141,7 +141,7 @@ def reinforce(out: Path, recipe: Recipe, i: int) -> list[str]:
     return words(
         "reinforce", model=_run_folder(out, "SFT", arm), data=out / "world/prompts.jsonl",
         reward_model=_run_folder(out, "reward", arm), tuning=arm, steps=recipe.reinforce_steps,
-        prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr, value_lr=lr,
+        prompts_per_step=32, max_new_tokens=NEW_TOKENS, lr=lr,
         beta=recipe.beta, lr_schedule="linear",
         samples_every=10**6, checkpoint_every=10**6, out=_run_folder(out, "REINFORCE", arm),
     )  # fmt: skip

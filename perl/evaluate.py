@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from perl import cafe, judge, policies
-from perl.config import DataConfig, EvaluateConfig, GenerateConfig, UsageError
+from perl.config import DataConfig, EvaluateConfig, GenerateConfig, UsageError, refuse_unused
 from perl.data import (
     Encoded,
     Rows,
@@ -25,12 +26,14 @@ from perl.data import (
     row_kind,
 )
 from perl.ensemble import (
+    WINDOW,
     base_of_reward_model,
     check_finite,
     load_reward_models,
     score_rewards,
 )
-from perl.files import empty_folder, new_file, write_rows
+from perl.files import GrowingRows, empty_folder, new_file, stamps, write_rows
+from perl.progress import progress
 from perl.report import text_table
 from perl.reward import figures_of_scores, sequences
 from perl.reward_sources import open_text_source
@@ -53,10 +56,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, model=_base(config))
     asked = config.reward_function or config.reward_url or config.judge_model or config.policy
     if config.reward_model and kind in ("pairwise", "pointwise") and not asked:
+        _refuse_sampling(config, kind)
         figures = _score_rows(config, rows, kind)
     elif config.reward_model or config.reward_function or config.reward_url or config.judge_model:
         figures = _score_policies(config, rows)
     elif kind in ("text", "completion", "messages"):
+        _refuse_sampling(config, kind)
         figures = _score_text(config, rows, kind)
     else:
         raise UsageError(
@@ -75,6 +80,11 @@ def _base(config: EvaluateConfig) -> str:
     if model is None and config.reward_model is None:
         raise UsageError("no --policy says which base it is of; give that as --model")
     return model or base_of_reward_model(config.reward_model[0])
+
+
+def _refuse_sampling(config: EvaluateConfig, kind: str) -> None:
+    what_for = f"answers to prompts, and the {kind} rows of {config.data} are scored as they are"
+    refuse_unused(config, ["max_new_tokens", "stop", "temperature"], what_for)
 
 
 def _score_rows(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]:
@@ -102,7 +112,7 @@ def _score_text(config: EvaluateConfig, rows: Rows, kind: str) -> dict[str, Any]
 
 
 def _score_policies(config: EvaluateConfig, rows: Rows) -> dict[str, Any]:
-    """Of each policy's answers: reward, yes rate, KL, length and share that ended."""
+    """Of each policy's answers: reward, yes rate, KL, length and share that ended, as known."""
     policies.want_prompts(config, rows)
     template = judge.read_template(config.judge_template, judge.QUESTION, judge.SINGLE)
     source = open_text_source(config, lambda: rows[0]["prompt"])
@@ -126,15 +136,12 @@ def _score_policies(config: EvaluateConfig, rows: Rows) -> dict[str, Any]:
             ]
             figures |= judge.yes_figures(reader.read(asked, prompts.places))
         kl = policies.kl_to_base(config, backbone, policy, prompts, answers)
-        table.append(
-            {"policy": policy.name}
-            | figures
-            | ({} if kl is None else {"kl": statistics.fmean(kl)})
-            | {
-                "length": statistics.fmean(len(answer.ids) for answer in answers),
-                "ended": statistics.fmean(answer.ended for answer in answers),
-            }
-        )
+        if kl is not None:
+            figures["kl"] = statistics.fmean(kl)
+        figures["length"] = statistics.fmean(len(answer.ids) for answer in answers)
+        if policy.given is None:
+            figures["ended"] = statistics.fmean(answer.ended for answer in answers)
+        table.append({"policy": policy.name} | figures)
     if len(table) == 1:
         return table[0]
     print(text_table(_shown(table)), file=sys.stderr)
@@ -160,28 +167,51 @@ def _text(value: Any) -> str:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Prints one prompt with its answer, or {prompt, completion} JSON lines for a data file."""
-    out = new_file(config.out) if config.out else None
+    """Prints one prompt with its answer, or {prompt, completion} JSON lines for a data file.
+
+    To --out they are written a window of rows at a time, and a killed command goes on there.
+    """
     rows = Rows([{"prompt": config.prompt}], ["--prompt"])
     if config.data:
         rows = read_rows(config.data).first(config.rows)
     policies.want_prompts(config, rows)
+    names = [config.policy or policies.BASE]
+    file = GrowingRows(config.out, _settings(config, names)) if config.out else None
     backbone = open_backbone(config)
     prompts = policies.encode(config, backbone, rows)
-    names = [config.policy or policies.BASE]
     (policy,) = policies.open_policies(config, backbone, names, prompts)
-    answers = policies.answers_of(config, backbone, policy, prompts)
-    answered = [
-        {"prompt": row["prompt"], "completion": answer.text}
-        for row, answer in zip(prompts.rows, answers, strict=True)
-    ]
-    if out:
-        write_rows(out, answered)
+
+    def answered(done: int) -> Iterator[list[dict[str, Any]]]:
+        """Windows of the rows behind the first `done`."""
+        window = WINDOW * config.batch_size
+        for start in range(done, len(prompts), window):
+            part = prompts.part(slice(start, start + window))
+            answers = policies.answers_of(config, backbone, policy, part, start)
+            yield [
+                {"prompt": row["prompt"], "completion": answer.text}
+                for row, answer in zip(part.rows, answers, strict=True)
+            ]
+
+    if file:
+        with file, progress(len(prompts), "generate", "prompt", done=file.count) as bar:
+            for window in answered(file.count):
+                file.append(window)
+                bar.update(len(window))
+        file.finish()
     elif config.data:
-        for row in answered:
-            print(json.dumps(row, ensure_ascii=False))
+        for row in itertools.chain.from_iterable(answered(0)):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
     else:
-        print(config.prompt + answers[0].text)
+        ((row,),) = answered(0)
+        print(config.prompt + row["completion"])
+
+
+def _settings(config: GenerateConfig, names: Sequence[str]) -> dict[str, Any]:
+    """What answers depend on: flags, and the files of rows and weights as now."""
+    values = dataclasses.asdict(config)
+    for name in ("out", "device", "threads"):
+        del values[name]
+    return values | stamps(policies.files_of(config, names))
 
 
 # ---------------------------------------------------------------------------------------------

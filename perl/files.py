@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from perl.config import UsageError
+from perl.config import Unfinished, UsageError
+from perl.run import Interrupted
 
 
 def new_file(path: str | Path) -> Path:
@@ -48,9 +50,9 @@ def is_taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+def stamps(paths: Iterable[str | Path]) -> dict[str, list[int]]:
     """Size and time of change of each file: what settles that it is the one that it was."""
-    found = {str(path): path.stat() for path in paths}
+    found = {str(path): os.stat(path) for path in paths}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
@@ -72,11 +74,15 @@ class GrowingRows:
 
     settings: JSON values that the rows depend on. What an earlier, killed command with the same
     settings left is kept: `count` is the number of rows there, to go on from. Other settings are
-    refused by name. Nothing is written before the `with`.
+    refused by name, but for `mendable` ones: that they changed is said. Nothing is written before
+    the `with`. Ctrl-C and UsageErrors that leave it become Interrupted and Unfinished, which say
+    what is kept, where there is anything.
     """
 
-    def __init__(self, out: str | Path, settings: dict[str, Any]) -> None:
-        self.out = new_file(out)
+    def __init__(
+        self, out: str | Path, settings: dict[str, Any], mendable: Collection[str] = ()
+    ) -> None:
+        self.out, self._mendable = new_file(out), mendable
         self.folder = self.out.with_name(self.out.name + ".part")
         self._settings, self._rows = self.folder / "settings.json", self.folder / "rows.jsonl"
         self._given: str = json.dumps(settings, indent=2) + "\n"
@@ -91,7 +97,12 @@ class GrowingRows:
     def _check(self, before: dict[str, Any]) -> None:
         given = json.loads(self._given)
         for name in before.keys() | given.keys():
-            if before.get(name) != given.get(name):
+            if before.get(name) == given.get(name):
+                continue
+            if name in self._mendable:
+                said = f"{name} changed after rows were written to {self.folder}: they stay"
+                print(said, file=sys.stderr)
+            else:
                 raise UsageError(
                     f"{self.folder} was begun with {name} {before.get(name)}, not "
                     f"{given.get(name)}; remove it to start anew, or give another --out"
@@ -106,10 +117,16 @@ class GrowingRows:
         self._file.truncate(self._whole)  # without the line that a kill tore
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         self._file.close()
         if not self.count:
             shutil.rmtree(self.folder)
+            return
+        kept = f"{self.count} rows are in {self.folder}; the same command goes on with them"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(kept) from None
+        if isinstance(error, UsageError):
+            raise Unfinished(f"{error}; {kept}") from error
 
     def append(self, rows: Sequence[dict]) -> None:
         self._file.write("".join(map(_line, rows)).encode())

@@ -36,7 +36,7 @@ import perl_kernels as pk
 from perl.backbone import Backbone
 from perl.config import CompareConfig, EvaluateConfig, UsageError
 from perl.data import Encoded, pad, prompt_ids
-from perl.functions import load_function
+from perl.functions import SourceFailed, load_function
 from perl.progress import progress
 from perl.training import by_length
 
@@ -149,33 +149,45 @@ def wilson(share: float, count: int, level: float = 0.95) -> list[float]:
 # A Python function
 
 
-def load_judge_function(target: str) -> Judge:
+def load_judge_function(target: str, timeout: float, batch_size: int) -> Judge:
     """The function NAME of FILE.py, given "FILE.py:NAME"; called NAME(prompts, first, second).
 
     It returns for each prompt "first", "second" or "tie", which count as 1, -1 and 0, or a number,
-    its preference for the first. Raises UsageError for a target that is not there, and for a wrong
-    return value.
+    its preference for the first.
+    timeout: seconds for one call, about `batch_size` prompts; see `load_function`, which says what
+    else is refused. A call raises SourceFailed too for a wrong return value.
     """
-    function = load_function("--judge-function", target, "prompts, first, second")
+    function = load_function("--judge-function", target, "prompts, first, second", timeout)
 
     def judge(
         prompts: Sequence[Any], first: Sequence[str], second: Sequence[str], _: Sequence[str]
     ) -> list[Opinion]:
-        try:
-            returned = list(function(list(prompts), list(first), list(second)))
-        except Exception as error:
-            raise UsageError(
-                f"judge function {target} raised {type(error).__name__}: {error}; make it judge "
-                "any two answers"
-            ) from error
-        if len(returned) != len(prompts):
-            raise UsageError(
-                f"judge function {target} returned {len(returned)} verdicts for {len(prompts)} "
-                "prompts; return one for each"
-            )
-        return [Opinion(_number(target, value)) for value in returned]
+        found: list[Opinion] = []
+        with progress(len(prompts), "judge", "prompt") as bar:
+            for start in range(0, len(prompts), batch_size):
+                some = slice(start, start + batch_size)
+                asked = [list(column[some]) for column in (prompts, first, second)]
+                found += _opinions(target, function(*asked), len(asked[0]))
+                bar.update(len(asked[0]))
+        return found
 
     return judge
+
+
+def _opinions(target: str, returned: Any, count: int) -> list[Opinion]:
+    try:
+        verdicts = list(returned)
+    except TypeError as error:
+        raise SourceFailed(
+            f"judge function {target} returned no list of verdicts: {error}; return one for each "
+            "prompt"
+        ) from error
+    if len(verdicts) != count:
+        raise SourceFailed(
+            f"judge function {target} returned {len(verdicts)} verdicts for {count} prompts; "
+            "return one for each"
+        )
+    return [Opinion(_number(target, value)) for value in verdicts]
 
 
 def _number(target: str, value: Any) -> float:
@@ -186,7 +198,7 @@ def _number(target: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(
+        raise SourceFailed(
             f'judge function {target} returned {value!r}; return "first", "second" or "tie", or a '
             "finite number, its preference for the first"
         )

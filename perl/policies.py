@@ -47,11 +47,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; log_prob is log π of it in nats, None where others gave it."""
+    """One answer; log_prob is log π of it in nats. None is not known, where others gave it."""
 
     text: str
-    ids: list[int]  # with the end-of-sequence token where it ended
-    ended: bool
+    ids: list[int]  # with the end-of-sequence token where it ended, or others gave it
+    ended: bool | None = None
     log_prob: float | None = None
 
 
@@ -126,6 +126,17 @@ def base_of_policies(names: Sequence[str]) -> str | None:
         if name != BASE and not Path(name).is_file() and is_adapter(role_folder(name, "policy")):
             return base_of(role_folder(name, "policy"))
     return None
+
+
+def files_of(config: GenerateConfig | CompareConfig, names: Sequence[str]) -> list[Path]:
+    """The files that answers depend on: the rows, files of answers, weights of policies."""
+    files = [Path(config.data)] if config.data else []
+    for name in names:
+        if Path(name).is_file():
+            files.append(Path(name))
+        elif name != BASE:
+            files += sorted(role_folder(name, "policy").glob("*.safetensors"))
+    return files
 
 
 def answers_of(
@@ -242,7 +253,7 @@ def _read_answers(
     for row, place in zip(rows, rows.places, strict=True):
         ids = answer_ids(row["prompt"], row["completion"], tokenizer, place)
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        given.setdefault(_key(row["prompt"]), Answer(text, ids, ended=True))
+        given.setdefault(_key(row["prompt"]), Answer(text, ids))
     for prompt, row, place in zip(data, data.rows, data.places, strict=True):
         answer = given.get(_key(row["prompt"]))
         if answer is None:

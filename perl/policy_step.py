@@ -10,7 +10,7 @@ its kin. `perl/train_policy.py` says which of the ways here is for what.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Anchor(NamedTuple):
     """What the reference says of a step's answers: as much as the estimator of the KL needs."""
 
     log_prob: Tensor | None = None  # (B, T) float32, for k1 and k3
-    hidden: Tensor | None = None  # (B, T, H), for the exact KL
+    hidden: Callable[[slice], Tensor] | None = None  # rows -> (rows, T, H), for the exact KL
 
 
 @torch.no_grad()
@@ -52,13 +52,18 @@ def anchor_log_prob(
     return torch.cat(log_prob)
 
 
-@torch.no_grad()
 def ask_anchor(config: ReinforceConfig, backbone: Backbone, rollout: Rollout) -> Anchor:
     if config.kl_estimator != "exact":
         return Anchor(log_prob=anchor_log_prob(config, backbone, rollout))
+
+    @torch.no_grad()
+    def hidden(rows: slice) -> Tensor:
+        return answer_states(backbone, None, rollout, rows)
+
+    if config.kl_in == "loss" and not config.several_updates:
+        return Anchor(hidden=hidden)  # `learn` asks once for each row, and holds none
     rows_of = micro_batches(config.micro_batch_size, len(rollout.sequences))
-    hidden = [answer_states(backbone, None, rollout, rows) for rows in rows_of]
-    return Anchor(hidden=torch.cat(hidden))
+    return Anchor(hidden=torch.cat([hidden(rows) for rows in rows_of]).__getitem__)
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def estimate_kl(
     kl = [
         pk.linear_kl(
             answer_states(backbone, "policy", rollout, rows),
-            anchor.hidden[rows],
+            anchor.hidden(rows),
             head.weight,
             ids[rows],
             temperature=config.temperature,
@@ -126,7 +131,7 @@ def learn(
     """
     rows, mask = len(returns), rollout.completion_mask
     parts = micro_batches(rows // config.minibatches, rows) * config.epochs_per_batch
-    several, by_value = len(parts) > 1, config.baseline == "value"
+    several, by_value = config.several_updates, config.baseline == "value"
     baseline: Tensor | float = 0.0
     if by_value and several:
         baseline = predict_values(config, backbone, rollout)
@@ -199,10 +204,11 @@ def learn_policy(
     """Gradients of the policy loss over a part of the answers."""
     ids, mask = rollout.completion_ids, rollout.completion_mask
     tokens = distributed.total(mask[part].sum().item())
-    head, clips = backbone.head("policy"), config.clip_epsilon is not None
+    head = backbone.head("policy")
     exact, in_loss = anchor.hidden is not None, config.kl_in == "loss"
     log_prob, entropy, kl, total = [], [], [], 0.0
     for rows in micro_batches(config.micro_batch_size, part.stop, part.start):
+        ref_hidden = anchor.hidden(rows) if exact else None
         hidden, weighed = answer_states(backbone, "policy", rollout, rows), advantage[rows]
         if config.importance_cap is not None:
             weighed = weighed * importance_weights(config, head, hidden.detach(), rollout, rows)
@@ -211,9 +217,9 @@ def learn_policy(
             head.weight,
             ids[rows],
             weighed,
-            old_log_prob=rollout.log_prob[rows] if clips else None,
+            old_log_prob=rollout.log_prob[rows] if config.several_updates else None,
             epsilon=config.clip_epsilon,
-            ref_hidden=anchor.hidden[rows] if exact else None,
+            ref_hidden=ref_hidden,
             kl_coef=beta if exact else 0.0,
             mask=mask[rows],
             temperature=config.temperature,

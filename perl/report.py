@@ -532,7 +532,7 @@ def _sample_of_verdict(names: Sequence[str], row: Mapping[str, Any]) -> Sample:
     answers = {}
     for side, name in zip(("first", "second"), names, strict=True):
         answer = row[side]
-        facts = [f"{answer['tokens']} tokens" + ("" if answer["ended"] else ", cut")]
+        facts = [f"{answer['tokens']} tokens" + ("" if answer.get("ended", True) else ", cut")]
         facts += [f"{key} {short(answer[key], 3)}" for key in ("reward", "kl") if key in answer]
         answers[f"{side}: {name}"] = Answer(answer["completion"].strip(), " · ".join(facts))
     said = {"first": "The first wins.", "second": "The second wins.", "tie": "A tie."}

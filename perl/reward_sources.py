@@ -9,7 +9,7 @@
 The last two are sources of text: prompts are text or lists of messages as in the data, completions
 are text. TRL's reward functions call the columns so, and OpenRLHF's reward servers the answer.
 
-A source of text may raise, hang, or say what is no reward: RewardFailed names it. A failed
+A source of text may raise, hang, or say what is no reward: SourceFailed names it. A failed
 connection, a time-out, 429 and 5xx are asked again after 1, 2, 4, ... seconds; whatever else an
 endpoint says it would say again. Where a source fails in the middle of a run, a checkpoint of the
 last finished step is written first, so nothing is lost and resuming is exact. Of several processes
@@ -24,18 +24,14 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import signal
 import sys
-import threading
 import time
-import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -44,10 +40,10 @@ from tqdm import tqdm
 
 from perl import distributed
 from perl.backbone import Backbone
-from perl.config import CompareConfig, EvaluateConfig, ReinforceConfig, Stopped, UsageError
+from perl.config import CompareConfig, EvaluateConfig, ReinforceConfig, Unfinished, UsageError
 from perl.data import Limit, answer_ids, pad, plain_text, prompt_ids
 from perl.ensemble import Rewards, combine, load_reward_models
-from perl.functions import load_function
+from perl.functions import SourceFailed, about, load_function, short
 from perl.rollout import Rollout
 from perl.run import Run
 from perl.training import micro_batches
@@ -57,16 +53,6 @@ LONGEST_WAIT = 60.0
 
 # (prompts, completions) -> a finite number for each
 TextSource = Callable[[Sequence[Any], Sequence[str]], list[float]]
-
-
-class RewardFailed(UsageError):
-    """A source gave no rewards; the message says which, for what, and what is wanted."""
-
-
-class Unrewarded(Stopped):
-    """A source failed in the middle of a run; the message names the checkpoint to go on from."""
-
-    exit_code = 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ def open_text_source(
     """The source of text that the config names; None where reward models score.
 
     Needs no model, so it comes before one is loaded. An endpoint is asked about one prompt, with
-    its own text as the answer. Raises UsageError for a target that is no function, RewardFailed
+    its own text as the answer. Raises UsageError for a target that is no function, SourceFailed
     for an endpoint that does not reward.
     """
     if config.reward_function is not None:
@@ -151,22 +137,22 @@ def reencode(
     """Prompts with answers in the tokens of a role that has a tokenizer of its own.
 
     Through that tokenizer's chat template where a prompt is messages, the end-of-sequence token
-    behind. RewardFailed for one that does not fit the role's context, unless prompts may be cut.
+    behind. SourceFailed for one that does not fit the role's context, unless prompts may be cut.
     """
     tokenizer, sequences = backbone.tokenizer_of(role), []
     limit = Limit(backbone.context(role), truncate_prompts)
     for prompt, text in zip(prompts, completions, strict=True):
         answer = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        place = f"prompt {_short(prompt)} with its answer, in the tokens of the {role} model"
+        place = f"prompt {short(prompt)} with its answer, in the tokens of the {role} model"
         start = prompt_ids(prompt, tokenizer)
         try:
             end = answer_ids(prompt, answer, tokenizer, place)
         except UsageError as error:  # a chat template that rewrites what came before
-            raise RewardFailed(str(error)) from error
+            raise SourceFailed(str(error)) from error
         try:
             sequences.append(limit.fit(start, len(end), place, tokenizer.bos_token_id) + end)
         except UsageError:
-            raise RewardFailed(
+            raise SourceFailed(
                 f"{place}, is {len(start) + len(end)} long, and its context holds "
                 f"{limit.max_tokens}; give --truncate-prompts, or fewer --max-new-tokens"
             ) from None
@@ -177,15 +163,15 @@ T = TypeVar("T")
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """What `work` returns; RewardFailed on all processes where it raises that on one."""
+    """What `work` returns; SourceFailed on all processes where it raises that on one."""
     result, failure = None, None
     try:
         result = work()
-    except RewardFailed as error:
+    except SourceFailed as error:
         failure = error
     failures = [text for text in distributed.each(failure and str(failure)) if text]
     if failures:
-        raise failure or RewardFailed(failures[0])
+        raise failure or SourceFailed(failures[0])
     return result
 
 
@@ -204,7 +190,7 @@ def keeping(
     """
     try:
         yield
-    except RewardFailed:
+    except SourceFailed:
         newest = run.latest_checkpoint()
         if finished > (newest.step if newest else 0):
             go_back()
@@ -214,14 +200,14 @@ def keeping(
 
 @contextmanager
 def stopping(run: Run) -> Iterator[None]:
-    """Turns a source's failure into Unrewarded where there is a checkpoint to go on from."""
+    """Turns a source's failure into Unfinished where there is a checkpoint to go on from."""
     try:
         yield
-    except RewardFailed as failure:
+    except SourceFailed as failure:
         newest = run.latest_checkpoint()
         if newest is None:
             raise
-        raise Unrewarded(
+        raise Unfinished(
             f"{failure}; {newest.folder} is kept; go on with: {run.resume_command}"
         ) from failure
 
@@ -233,56 +219,16 @@ def stopping(run: Run) -> Iterator[None]:
 def load_reward_function(target: str, timeout: float) -> TextSource:
     """The function NAME of FILE.py, given "FILE.py:NAME"; called NAME(prompts, completions).
 
-    timeout: seconds for one call, after which it is interrupted where it stands. That is a signal
-    to the main thread: a function that is called from another one is not limited, and one that
-    waits inside compiled code is interrupted when that returns to Python.
-    Raises UsageError for a target, file or function that is not there. A call raises RewardFailed
-    for an exception, a time-out, and all but one finite number for each completion.
+    timeout: seconds for one call; see `load_function`, which says what else is refused. A call
+    raises SourceFailed too for all but one finite number for each completion.
     """
-    function = load_function("--reward-function", target, "prompts, completions")
-    path = Path(target.rpartition(":")[0]).resolve()
-    who = f"reward function {target}"
+    function = load_function("--reward-function", target, "prompts, completions", timeout)
 
     def call(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        try:
-            with time_limit(timeout):
-                returned = function(prompts, completions)
-        except TimeUp as error:
-            raise RewardFailed(
-                f"{who} took longer than {timeout:g} s{_line(error, path)} for "
-                f"{_batch(prompts, completions)}; make it quicker, or raise --reward-timeout"
-            ) from error
-        except Exception as error:
-            raise RewardFailed(
-                f"{who} raised {type(error).__name__}: {error}{_line(error, path)} for "
-                f"{_batch(prompts, completions)}; make it score any completion"
-            ) from error
-        return checked(who, returned, prompts, completions)
+        returned = function(prompts, completions)
+        return checked(f"reward function {target}", returned, prompts, completions)
 
     return call
-
-
-class TimeUp(BaseException):
-    """Not an Exception, which a function may catch and go on."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeUp inside the block after that long; without effect outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(signum: int, frame: Any) -> None:
-        raise TimeUp
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where a bare `except` eats it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,7 +240,7 @@ def endpoint(url: str, timeout: float, retries: int) -> TextSource:
 
     timeout: seconds that the server may be silent. retries: further requests after a failed
     connection, a time-out, 429 or 5xx, with waits that double from a second to a minute.
-    A call raises RewardFailed for what is left then, for any other status, and for all but one
+    A call raises SourceFailed for what is left then, for any other status, and for all but one
     finite number for each completion.
     """
 
@@ -306,8 +252,8 @@ def endpoint(url: str, timeout: float, retries: int) -> TextSource:
                 break
             except Passing as error:
                 if not left:
-                    raise RewardFailed(
-                        f"{url} {error} when asked for {_batch(prompts, completions)}, "
+                    raise SourceFailed(
+                        f"{url} {error} when asked for {about(prompts, completions)}, "
                         f"{retries + 1} times; start the server, or correct --reward-url"
                     ) from error
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (retries - left))
@@ -316,8 +262,8 @@ def endpoint(url: str, timeout: float, retries: int) -> TextSource:
         try:
             returned = json.loads(answer)["rewards"]
         except (ValueError, TypeError, KeyError):
-            raise RewardFailed(
-                f'{url} answered {_short(answer.decode(errors="replace"))}; want {{"rewards": '
+            raise SourceFailed(
+                f'{url} answered {short(answer.decode(errors="replace"))}; want {{"rewards": '
                 "[one number for each completion]}"
             ) from None
         return checked(url, returned, prompts, completions)
@@ -330,7 +276,7 @@ class Passing(Exception):
 
 
 def post(url: str, body: bytes, timeout: float) -> bytes:
-    """The body of a 200; Passing for what may pass, RewardFailed for other statuses."""
+    """The body of a 200; Passing for what may pass, SourceFailed for other statuses."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
@@ -339,7 +285,7 @@ def post(url: str, body: bytes, timeout: float) -> bytes:
         said = f"answered {error.code} {error.reason}"
         if error.code == 429 or error.code >= 500:
             raise Passing(said) from error
-        raise RewardFailed(f"{url} {said}; correct --reward-url, or the server") from error
+        raise SourceFailed(f"{url} {said}; correct --reward-url, or the server") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # urllib's own error wraps the connection's
         if isinstance(reason, TimeoutError):
@@ -354,44 +300,24 @@ def post(url: str, body: bytes, timeout: float) -> bytes:
 def checked(
     who: str, returned: Any, prompts: Sequence[Any], completions: Sequence[str]
 ) -> list[float]:
-    """One finite number for each completion, or RewardFailed that says what `returned` is."""
+    """One finite number for each completion, or SourceFailed that says what `returned` is."""
     try:
         if isinstance(returned, str | dict):
-            raise TypeError(f"it is {_short(returned)}")
+            raise TypeError(f"it is {short(returned)}")
         rewards = [float(value) for value in returned]
     except (TypeError, ValueError) as error:
-        raise RewardFailed(
+        raise SourceFailed(
             f"{who} returned no list of numbers: {error}; return one float for each completion"
         ) from error
     if len(rewards) != len(completions):
-        raise RewardFailed(
+        raise SourceFailed(
             f"{who} returned {len(rewards)} rewards for {len(completions)} completions; return one "
             "for each"
         )
     for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
         if not math.isfinite(reward):
-            raise RewardFailed(
-                f"{who} returned {reward} for completion {_short(completion)} of prompt "
-                f"{_short(prompt)}; return finite numbers"
+            raise SourceFailed(
+                f"{who} returned {reward} for completion {short(completion)} of prompt "
+                f"{short(prompt)}; return finite numbers"
             )
     return rewards
-
-
-def _batch(prompts: Sequence[Any], completions: Sequence[str]) -> str:
-    return (
-        f"{len(completions)} completions (the first {_short(completions[0])} of prompt "
-        f"{_short(prompts[0])})"
-    )
-
-
-def _short(value: Any) -> str:
-    """On one line, and not too much of it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
-
-
-def _line(error: BaseException, path: Path) -> str:
-    """Where in the file of a reward function an exception comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path]
-    return f" on line {lines[-1]}" if lines else ""

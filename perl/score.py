@@ -28,7 +28,7 @@ from perl.ensemble import (
 from perl.files import GrowingRows, new_file, stamps
 from perl.progress import progress
 from perl.reward import sequences
-from perl.run import Interrupted, role_folder
+from perl.run import role_folder
 from perl.training import length_limit, open_backbone
 
 KINDS = ["completion", "pairwise", "pointwise", "messages"]
@@ -54,26 +54,19 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     # ---- loop
     window = WINDOW * config.batch_size
     with file, progress(len(examples), "score", "row", done=file.count) as bar:
-        try:
-            for start in range(file.count, len(examples), window):
-                part, sources, places = (
-                    each[start : start + window]
-                    for each in (examples, examples.rows, examples.places)
-                )
-                rewards = score_window(
-                    backbone, roles, sequences(part), config.batch_size, config.ensemble
-                )
-                check_finite(rewards, places)
-                file.append([
-                    row | dict(zip(columns, values, strict=True))
-                    for row, values in zip(sources, by_row(rewards, kind), strict=True)
-                ])  # fmt: skip
-                bar.update(len(part))
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{file.count} of {len(examples)} rows are in {file.folder}; the same command goes "
-                "on with them"
-            ) from None
+        for start in range(file.count, len(examples), window):
+            part, sources, places = (
+                each[start : start + window] for each in (examples, examples.rows, examples.places)
+            )
+            rewards = score_window(
+                backbone, roles, sequences(part), config.batch_size, config.ensemble
+            )
+            check_finite(rewards, places)
+            file.append([
+                row | dict(zip(columns, values, strict=True))
+                for row, values in zip(sources, by_row(rewards, kind), strict=True)
+            ])  # fmt: skip
+            bar.update(len(part))
     file.finish()
     return {"out": str(out), "rows": len(examples), "left_out": len(rows) - len(examples)}
 

@@ -30,7 +30,14 @@ from tqdm import tqdm
 
 from perl import cafe
 from perl.commands import run_all, training, write_json
-from perl.config import RewardConfig, StudyConfig, UsageError, make, write_toml
+from perl.config import (
+    RewardConfig,
+    StudyConfig,
+    UsageError,
+    make,
+    refuse_unused,
+    write_toml,
+)
 from perl.drawings import Bars, Drawing, write_figure
 from perl.files import is_taken
 from perl.report import markdown_table, phase_cost
@@ -170,7 +177,11 @@ class Study(ABC):
                 f"perl study {config.task} has no --preset {config.preset}; it has "
                 f"{', '.join(self.presets)}"
             )
-        self.preset, self.data_folder = self.presets[config.preset], _data_folder(config)
+        self.preset = self.presets[config.preset]
+        if not self.preset.tasks:
+            what_for = f"presets that tell of quality, and {config.preset} does of cost alone"
+            refuse_unused(config, ["data_folder", "at_once", "cost"], what_for)
+        self.data_folder = _data_folder(config)
         if is_taken(self.out) and not config.resume:
             raise UsageError(
                 f"--out {self.out} exists and is not empty; give another folder, or --resume "

@@ -197,9 +197,9 @@ def train(config: ReinforceConfig) -> dict[str, Any]:
                 write_samples(run, step, config, backbone, prompts, score)
             if run.checkpoint_due(step):
                 save(run, step, backbone, optimizers, batches, beta=beta, **guards.state())
-        last = run.latest_checkpoint()
-        result = run.publish("policy", last)
-    return {"policy": str(result), "step": last.step} | run.metrics_at(last.step)
+        newest = run.latest_checkpoint()
+        result = run.publish("policy", newest)
+    return {"policy": str(result), "step": newest.step} | run.metrics_at(newest.step)
 
 
 # ------------------------------------------------------------------------------------- loading

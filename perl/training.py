@@ -230,7 +230,9 @@ def language_figures(
 
 
 def say_notes(run: Run, *data: Encoded | None) -> None:
-    """What was cut, left out or found in the data, a line each."""
+    """What was given for nothing; what was cut, left out or found in the data, a line each."""
+    if unused := run.config.unused():
+        run.say(f"of no use here: {', '.join(unused)}")
     for note in (note for encoded in data if encoded for note in encoded.notes):
         run.say(note)
 

@@ -1,4 +1,4 @@
-"""A pool for torch's large CPU tensors, so that a training step takes the memory it counts.
+"""A pool for torch's CPU tensors, so that a training step takes the memory it counts.
 
 The C library keeps freed blocks in a heap, where a tensor of another size often does not fit: a
 step then holds a third more than its tensors need. In the pool (csrc/cpu/pool.cpp) pages of freed
@@ -16,11 +16,12 @@ __all__ = ["empty_cpu_pool", "use_cpu_pool"]
 
 
 def use_cpu_pool() -> bool:
-    """Take every CPU tensor of 4 MiB or more from a pool, from now on, in the whole process.
+    """Take every CPU tensor of 256 KiB or more from a pool, from now on, in the whole process.
 
-    The pool holds at most what was in use at once, in units of 2 MiB a tensor, and keeps it until
-    `empty_cpu_pool`. Smaller tensors, and those made before, stay where torch has them. Tensors of
-    the pool may be freed by any thread. `show_config()` tells its size.
+    The pool holds at most what was in use at once, in units of 2 MiB a tensor (64 KiB for tensors
+    under 4 MiB), and keeps it until `empty_cpu_pool`. Smaller tensors, and those made before, stay
+    where torch has them. Tensors of the pool may be freed by any thread. `show_config()` tells its
+    size.
 
     Returns:
         False where there is no such pool: without the compiled kernels, or not on Linux.

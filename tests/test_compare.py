@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -192,6 +193,7 @@ def test_answers_from_files_and_the_cafes_oracle(files, tmp_path, capsys):
         gap = cafe.judge(pair["prompt"], pair["chosen"]).score
         gap -= cafe.judge(pair["prompt"], pair["rejected"]).score
         assert row["preference"] == pytest.approx([gap, gap])
+        assert row["first"].keys() == {"completion", "tokens"}  # an end is not known of them
     figures, _ = compared(capsys, "compare", bad, good, *argv, "--out", tmp_path / "turned")
     assert (figures["wins"], figures["losses"]) == (0, 8)
     write_jsonl(bad, read_jsonl(bad)[1:])
@@ -215,10 +217,15 @@ def test_after_ctrl_c_the_same_command_goes_on_with_the_same_rows(
 
     monkeypatch.setattr(compare, "rows_of", rows_of)
     assert cli.main([str(word) for word in argv]) == 130
-    assert "2 of 6 prompts are in" in capsys.readouterr().err
+    assert "2 rows are in" in capsys.readouterr().err
     assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "o.html").exists()
     changed = [*argv, "--temperature", 0.5]
     assert "was begun with temperature 0.9, not 0.5" in refused(capsys, *changed)
+    weights = files / "run1/policy/adapter_model.safetensors"
+    then = weights.stat()
+    os.utime(weights)
+    assert f"was begun with {weights} " in refused(capsys, *argv)
+    os.utime(weights, ns=(then.st_atime_ns, then.st_mtime_ns))
     figures, rows = compared(capsys, *argv)
     assert len(windows) == 4
     argv[argv.index(tmp_path / "o.jsonl")] = tmp_path / "whole.jsonl"
@@ -229,6 +236,28 @@ def test_after_ctrl_c_the_same_command_goes_on_with_the_same_rows(
     assert [v for k, v in figures.items() if k not in apart] == [
         v for k, v in at_once.items() if k not in apart
     ]
+
+
+def test_a_judge_that_fails_keeps_what_it_judged_and_goes_on_when_mended(
+    files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare, "WINDOW", 1)
+    path, body = tmp_path / "j.py", "def j(prompts, first, second):\n    {}\n    return [1, 1]\n"
+    path.write_text(body.format("assert 'two' not in prompts"))
+    argv = words(files, files / "run1", "base", tmp_path / "o.jsonl")
+    argv += ["--judge-function", f"{path}:j"]
+    assert cli.main([str(word) for word in argv]) == 4
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "raised AssertionError:  on line 2 for 2 prompts (the first 'two'" in said
+    assert said.endswith(
+        f"2 rows are in {tmp_path}/o.jsonl.part; the same command goes on with them"
+    )
+    kept = (tmp_path / "o.jsonl.part/rows.jsonl").read_bytes()
+    path.write_text(body.format("pass"))
+    assert cli.main([str(word) for word in argv]) == 0
+    assert f"{path} changed after rows were written" in capsys.readouterr().err
+    assert (tmp_path / "o.jsonl").read_bytes().startswith(kept)
+    assert len(read_jsonl(tmp_path / "o.jsonl")) == 6
 
 
 def test_the_page_shows_answers_verdicts_and_rewards(files, tmp_path, capsys):
@@ -281,6 +310,11 @@ def test_what_is_no_policy_is_refused_by_name(files, tmp_path, capsys):
     )
     argv = words(files, "base", files / "reward", out, "--model", files / "base")
     assert "holds no policy" in refused(capsys, *argv, *judges)
+    argv = words(files, "base", tmp_path / "long.jsonl", out, "--model", files / "base")
+    rows = [{"prompt": prompt, "completion": " tea" * 40} for prompt in PROMPTS]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    error = refused(capsys, *argv, *judges, "--max-tokens", 40)
+    assert "long.jsonl: the answer to" in error and "but at most 40 fit; shorten it" in error
     argv = words(files, "base", files / "run1", out, "--model", files / "full")
     assert "belongs to another base" in refused(capsys, *argv, *judges)
     assert "neither policy says" in refused(capsys, *words(files, "base", "base", out), *judges)

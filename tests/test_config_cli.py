@@ -46,6 +46,54 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert isinstance(config.lr, float)
 
 
+COMPARED = ["a", "b", "--model", "m", "--data", "d", "--out", "o", "--reward-model", "r"]
+POLICY = [*GIVEN, "--reward-model", "r"]
+
+
+@pytest.mark.parametrize(
+    "command, argv, message",
+    [
+        ("reinforce", [*POLICY, "--baseline", "none", "--value-lr", "1"], "--baseline value"),
+        ("reinforce", [*POLICY, "--kl-in", "loss", "--kl-per", "sequence"], "--kl-in reward (in"),
+        ("reinforce", [*POLICY, "--ensemble", "min"], "at least two --reward-model folders"),
+        ("reward", [*GIVEN, "--early-stop", "2"], "runs with --validation FILE"),
+        ("compare", [*COMPARED, "--judge-timeout", "9"], "--judge-function"),
+        ("compare", [*COMPARED, "--judge-labels", "x", "y"], "a --judge-model"),
+        ("compare", [*COMPARED, "--reward-retries", "2"], "--reward-url"),
+        ("generate", ["--model", "m", "--prompt", "p", "--rows", "3"], "--data"),
+        ("generate", [*GIVEN, "--temperature", "0", "--top-k", "3"], "sampling, not for"),
+        ("generate", [*GIVEN, "--temperature", "0", "--top-p", "0.3"], "sampling, not for"),
+        ("data", ["cafe", "--format", "hh"], "a data file"),
+        ("data", ["d.jsonl", "--seed", "3"], "the embedded world"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(command, argv, message):
+    given = [word for word in argv if word.startswith("--")][-1]
+    assert refusal(*argv, command=command).startswith(f"{given} is for {message}")
+
+
+def test_files_of_answers_are_not_sampled(tmp_path):
+    (tmp_path / "answers.jsonl").touch()
+    answers, stop = str(tmp_path / "answers.jsonl"), ["--stop", "x"]
+    common = ["--model", "m", "--data", "d", "--reward-model", "r"]
+    for command, policies in (
+        ("evaluate", ["--policy", answers]), ("compare", [answers, answers, "--out", "o"]),
+    ):  # fmt: skip
+        said = refusal(*policies, *common, *stop, command=command)
+        assert said.startswith("--stop is for policies that answer (files hold answers already)")
+    assert parse("a", answers, "--out", "o", *common, *stop, command="compare").stop == ["x"]
+
+
+def test_lora_beside_full_tuning_is_said_to_be_of_no_use():
+    full = [*GIVEN, "--tuning", "full"]
+    assert parse(*full).unused() == []
+    given = ["--lora-rank", "4", "--lora-targets", "q_proj", "--use-rslora"]
+    assert parse(*full, *given).unused() == ["--lora-rank", "--lora-targets", "--use-rslora"]
+    assert parse(*GIVEN, *given).unused() == []
+    assert parse(*GIVEN, "--validate-every", "7").unused() == ["--validate-every"]
+    assert parse(*GIVEN, "--validate-every", "7", "--validation", "v").unused() == []
+
+
 def test_toml_round_trip_keeps_every_field(tmp_path):
     config = parse(
         *GIVEN,

@@ -1,4 +1,4 @@
-"""The pool of large CPU tensors. It serves a whole process, so these tests have their own."""
+"""The pool of CPU tensors. It serves a whole process, so these tests have their own."""
 
 from __future__ import annotations
 
@@ -56,14 +56,30 @@ NEIGHBOURS = """
 """
 
 SMALL_AND_SHARED = """
-    small = tensor(3.9)
+    small = tensor(0.24)
     assert pool() == [0, 0]
-    view = tensor(4)[1:]
+    view = tensor(0.3)[1:]
     storage = view.untyped_storage()
     del view
-    assert pool() == [4, 0]
+    used, kept = torch.ops.perl_kernels.cpu_pool_bytes()
+    assert used == 5 * 2**16 and used + kept == 2 * MIB
     del storage
-    assert pool() == [0, 4]
+    assert pool() == [0, 2]
+    large = tensor(4.1)                                # of its 6 MiB 2 were there
+    assert pool() == [6, 0]
+    del large
+"""
+
+RESTITCHED = """
+    for size in (5, 0.7, 11, 2.3, 23, 0.3, 40):        # of the pages of those before, cut anew
+        kept = [tensor(size, i) for i in range(int(60 / size))]
+        assert all(t.min() == t.max() == i for i, t in enumerate(kept))
+        del kept[1::2]
+        between = [tensor(1.5 * size, -i) for i in range(int(15 / size))]
+        assert all(t.min() == t.max() == 2 * i for i, t in enumerate(kept))
+        assert all(t.min() == t.max() == -i for i, t in enumerate(between))
+        kept = between = None
+    assert pool()[0] == 0
 """
 
 GIVEN_BACK = """
@@ -100,11 +116,13 @@ NO_MEMORY_LEFT = """
 
 
 def test_blocks_are_split_joined_stitched_and_given_back():
-    in_a_process(STITCHED, NEIGHBOURS, SMALL_AND_SHARED, GIVEN_BACK, FORKED, NO_MEMORY_LEFT)
+    in_a_process(
+        STITCHED, NEIGHBOURS, SMALL_AND_SHARED, RESTITCHED, GIVEN_BACK, FORKED, NO_MEMORY_LEFT
+    )
 
 
 def test_random_sizes_from_several_threads_keep_their_values():
-    """Also that it never holds more than was in use at once, rounded up to 2 MiB a tensor."""
+    """Also that it never holds more than was in use at once, each rounded up, and one extent."""
     in_a_process("""
         wrong, most, held, lock = [], 0, 0, threading.Lock()
         def count(size):
@@ -117,17 +135,18 @@ def test_random_sizes_from_several_threads_keep_their_values():
             for step in range(120):
                 while len(live) > rng.randrange(7):
                     t, value, size = live.pop(rng.randrange(len(live)))
-                    if not (t == value).all():
+                    if not t.min() == t.max() == value:
                         wrong.append((seed, step))
                     del t
                     count(-size)
-                mib, value = rng.uniform(4, 15), rng.random()  # a comparison is a quarter: below 4
-                size = -(-int(mib * MIB) // (2 * MIB)) * 2
+                mib, value = rng.choice([rng.uniform(0.25, 4), rng.uniform(4, 15)]), rng.random()
+                unit = 2 * MIB if mib >= 4 else MIB // 16
+                size = -(-int(mib * MIB) // unit) * unit
                 count(size)
                 live.append((tensor(mib, value), torch.tensor(value), size))
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert not wrong, wrong
-        assert pool()[0] == 0 and pool()[1] <= most, (pool(), most)
+        assert pool()[0] == 0 and pool()[1] <= most // MIB + 2, (pool(), most)
     """)

@@ -72,7 +72,7 @@ ALIKE["reinforce-ppo"] = REINFORCE + [
     "--minibatches", "2", "--kl-estimator", "exact", "--kl-target", "0.1", "--entropy-coef", "0.01",
     "--length-penalty", "0.02", "--no-end-penalty", "0.1", "--stop", "a", "e",
 ]  # fmt: skip
-SHARDED = ["sft", "sft-full", "reinforce"]
+SHARDED = ["sft", "sft-full", "reinforce", "reinforce-ppo"]
 ALIKE_SLOW = {
     "pairs-full": PAIRS + FULL,
     "reinforce-full": REINFORCE + FULL,
@@ -256,7 +256,7 @@ def test_one_process_goes_on_with_a_run_of_two(world, printed):
         ("other-model", 2, "process 1 has another --model than process 0"),
         ("evaluate", 2, "torchrun is for one training; run evaluate by `python -m perl evaluate`"),
         ("fails", 2, "raised AssertionError: on rank 1"),
-        ("late", 4, "raised AssertionError: late on line 24 for 2 completions (the first"),
+        ("late", 4, "raised AssertionError: late on line 24 for 2 prompts (the first"),
         ("late", 4, "late/checkpoints/step-2 is kept; go on with: torchrun --nproc-per-node"),
         ("diverges", 3, "; no checkpoint was written before it; start again with a lower --lr"),
         ("interrupts", 130, "checkpoint of step 2 written; go on with: torchrun --nproc-per-node"),

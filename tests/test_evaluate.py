@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from _commands import refused, run, write_jsonl
+from _commands import refused, run, save_reward, write_jsonl
 from _tiny import perturb, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perl_kernels as pk
-from perl import cafe, cli, judge
+from perl import cafe, cli, evaluate, judge, policies
 from perl.backbone import Backbone
 from perl.data import read_rows
 
@@ -108,6 +109,29 @@ def test_evaluate_and_generate_agree_on_greedy_answers(files, tmp_path, capsys):
     assert out.read_bytes() == before
 
 
+def test_generate_goes_on_behind_the_last_row(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "WINDOW", 1)
+    argv = ["generate", "--model", files / "model", "--data", files / "rows.jsonl"]
+    argv += ["--max-new-tokens", 4, "--batch-size", 1, "--policy", files / "adapter", "--out"]
+    run(capsys, *argv, tmp_path / "whole.jsonl")
+    whole, starts = policies.answers_of, []
+
+    def answers_of(*given):
+        starts.append(given[-1])
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(policies, "answers_of", answers_of)
+    words = [str(word) for word in [*argv, tmp_path / "out.jsonl"]]
+    assert cli.main(words) == 130 and "1 rows are in" in capsys.readouterr().err
+    changed = [*words, "--temperature", "0.5"]
+    assert "was begun with temperature 0.9, not 0.5" in refused(capsys, *changed)
+    assert cli.main(words) == 0 and starts == [0, 1, 1, 2]
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
 def test_several_policies_stand_in_one_table_as_each_alone(files, tmp_path, capsys):
     answers = write_jsonl(tmp_path / "answers.jsonl", ROWS)
     names = ["base", files / "adapter", answers]
@@ -126,12 +150,33 @@ def test_several_policies_stand_in_one_table_as_each_alone(files, tmp_path, caps
         assert {key: alone[key] for key in row} == row
     base, adapter, given = table
     assert "kl" not in base and "kl" not in given and adapter["kl"] > 0
+    assert "ended" in base and "ended" not in given
     assert len({row["reward"] for row in table}) > 1
     lengths = [len(row["completion"]) for row in ROWS]
     assert given["reward"] == pytest.approx(statistics.fmean(lengths))
     reader = judge.LabelReader(Backbone.load(files / "model"), question, ["one", "two"], 1)
     for key, value in judge.yes_figures(reader.read(ROWS, ["", "", ""])).items():
         assert given[key] == pytest.approx(value, rel=1e-4)
+
+
+def test_another_padding_token_changes_no_figure(files, tmp_path, capsys):
+    """An adapter's folder does not say which there was in training: it is filler everywhere."""
+    shutil.copytree(files / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    tokenizer.pad_token = tokenizer.bos_token  # another one, of a prompt even
+    tokenizer.save_pretrained(tmp_path / "model")
+    judged = ["--judge-template", "{prompt} {completion} right?", "--judge-labels", "one", "two"]
+    reward = save_reward(tmp_path / "run", files / "model", 3)
+    found = [
+        json.loads(run(
+            capsys, "evaluate", "--model", model, "--policy", files / "adapter", "--data",
+            files / "rows.jsonl", "--reward-model", reward, "--judge-model", model, *judged,
+            "--max-new-tokens", 6,
+        )) for model in (files / "model", tmp_path / "model")
+    ]  # fmt: skip
+    names = ("reward", "reward_std", "kl", "length", "judge_mass", "yes_probability")
+    one, other = ([figures[name] for name in names] for figures in found)
+    assert one == pytest.approx(other, rel=1e-5) and found[0]["kl"] > 0
 
 
 def test_a_story_model_knows_who_is_happy(stories260k, tmp_path, capsys):
@@ -168,6 +213,10 @@ def test_evaluate_refuses_what_it_cannot_score(files, tmp_path, capsys):
         capsys, *model, texts, "--reward-function", f"{files / 'score.py'}:tokens"
     )
     assert "holds no reward" in refused(capsys, *model, pairs, "--reward-model", make_run(tmp_path))
+    scored = "--stop is for answers to prompts, and the {} rows"
+    assert scored.format("text") in refused(capsys, *model, texts, "--stop", "x")
+    reward = ["--reward-model", tmp_path / "run", "--stop", "x"]
+    assert scored.format("pairwise") in refused(capsys, *model, pairs, *reward)
 
 
 def make_run(folder: Path) -> Path:

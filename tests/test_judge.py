@@ -10,6 +10,7 @@ from perl import judge
 from perl.backbone import Backbone
 from perl.config import CompareConfig, EvaluateConfig, UsageError
 from perl.data import encode_prompts
+from perl.functions import SourceFailed
 from perl.judge import LabelReader, Opinion
 
 CHAT = (
@@ -64,14 +65,15 @@ def test_yes_figures_by_hand():
 # ------------------------------------------------------------------------------------ functions
 
 
-def function(tmp_path, body: str) -> judge.Judge:
+def function(tmp_path, body: str, timeout: float = 5.0) -> judge.Judge:
     path = tmp_path / "j.py"
     path.write_text(f"def better(prompts, first, second):\n    {body}\n")
-    return judge.load_judge_function(f"{path}:better")
+    return judge.load_judge_function(f"{path}:better", timeout, batch_size=4)
 
 
 def test_functions_return_words_or_numbers(tmp_path):
-    ask = function(tmp_path, "return ['first', 'second', 'tie', 0.25, -3, True]")
+    given = "{'a': 'first', 'b': 'second', 'c': 'tie', 'd': 0.25, 'e': -3, 'f': True}"
+    ask = function(tmp_path, f"assert len(second) <= 4; return map({given}.get, prompts)")
     found = ask("abcdef", "ghijkl", "mnopqr", [])
     assert [opinion.preference for opinion in found] == [1, -1, 0, 0.25, -3, 1]
     lengths = function(tmp_path, "return [len(a) - len(b) for a, b in zip(first, second)]")
@@ -81,25 +83,35 @@ def test_functions_return_words_or_numbers(tmp_path):
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("return 1 / 0", "raised ZeroDivisionError"),
+        (
+            "return 1 / 0",
+            "raised ZeroDivisionError: division by zero on line 2 for 2 prompts (the first 'p', "
+            "answered 'a' and 'c'); make it return for any answer",
+        ),
+        (
+            "while True: pass",
+            "took longer than 0.2 s on line 2 for 2 prompts (the first 'p', answered 'a' and 'c'); "
+            "make it quicker, or raise --judge-timeout",
+        ),
         ("return ['first']", "returned 1 verdicts for 2 prompts"),
         ("return ['first', 'A']", "returned 'A'; return \"first\""),
         ("return ['first', '1']", "returned '1'"),
         ("return [1, float('nan')]", "returned nan"),
         ("return [1, None]", "returned None"),
-        ("return 3", "raised TypeError"),
+        ("return (1 / 0 for _ in prompts)", "raised ZeroDivisionError"),
+        ("return 3", "returned no list of verdicts: 'int' object is not iterable"),
     ],
 )
 def test_functions_that_judge_nothing_are_named(tmp_path, body, words):
-    with pytest.raises(UsageError) as caught:
-        function(tmp_path, body)(["p", "q"], ["a", "b"], ["c", "d"], [])
+    with pytest.raises(SourceFailed) as caught:
+        function(tmp_path, body, 0.2)(["p", "q"], ["a", "b"], ["c", "d"], [])
     assert f"{tmp_path / 'j.py'}:better {words}" in str(caught.value)
 
 
 def test_a_function_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"--judge-function: .* has no function worse; define"):
         function(tmp_path, "return []")
-        judge.load_judge_function(f"{tmp_path / 'j.py'}:worse")
+        judge.load_judge_function(f"{tmp_path / 'j.py'}:worse", 5.0, 4)
 
 
 # ------------------------------------------------------------------------------------- templates
@@ -202,6 +214,10 @@ def test_a_text_that_does_not_fit_the_judge_names_its_prompt(backbone):
     judge.check_room(reader, judge.SINGLE, prompts, 20)
     with pytest.raises(UsageError, match="row 2: the judge would read"):
         judge.check_room(reader, judge.SINGLE, prompts, 45)
+    judge.check_room(reader, judge.SINGLE, prompts, 23)
+    of_pairs = LabelReader(backbone, "{prompt} {first} {second}", ["yes", "no"], 2)
+    with pytest.raises(UsageError, match="row 2: the judge would read"):  # there are two answers
+        judge.check_room(of_pairs, judge.PAIR, prompts, 23)
 
 
 def test_the_judge_is_the_backbone_where_it_is_its_base(backbone, tmp_path):

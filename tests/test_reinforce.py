@@ -59,15 +59,16 @@ def test_the_other_answers_by_hand():
 
 
 def test_what_the_ratios_say_by_hand():
-    ratio = torch.tensor([[1.5, 1.5, 0.5], [0.5, NAN, 9.0]])
-    sampled = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 0.0, NAN]])
-    advantage = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]])
-    facts = reinforce.ratio_figures(sampled + ratio.log(), sampled, advantage, MASK, 0.2)
-    # held: a gain above 1.2, a loss below 0.8; the other two are still to be made good
-    assert facts["clip_fraction"] == 0.5
-    wanted = (2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5))) / 4
+    ratio = torch.tensor([[1.5, 1.5, 0.5], [0.5, 0.5, 9.0]])
+    sampled = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, NAN]])
+    advantage = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 0.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+    facts = reinforce.ratio_figures(sampled + ratio.log(), sampled, advantage, mask, 0.2)
+    # held: a gain above 1.2, a loss below 0.8; two are still to be made good, one has no gradient
+    assert facts["clip_fraction"] == pytest.approx(2 / 5)
+    wanted = (2 * (0.5 - math.log(1.5)) + 3 * (-0.5 - math.log(0.5))) / 5
     assert facts["approx_kl"] == pytest.approx(wanted, rel=1e-5)
-    assert reinforce.ratio_figures(sampled, sampled, advantage, MASK, 0.2) == {
+    assert reinforce.ratio_figures(sampled, sampled, advantage, mask, 0.2) == {
         "clip_fraction": 0.0, "approx_kl": 0.0,
     }  # fmt: skip
 

@@ -19,7 +19,8 @@ from perl import cli, reward_sources
 from perl.backbone import Backbone
 from perl.cafe import build_tokenizer
 from perl.config import ReinforceConfig, UsageError
-from perl.reward_sources import RewardFailed, endpoint, load_reward_function, reencode
+from perl.functions import SourceFailed
+from perl.reward_sources import endpoint, load_reward_function, reencode
 
 # ---------------------------------------------------------------------------------- functions
 
@@ -58,6 +59,7 @@ def test_targets_that_name_no_function(target, words):
     "body, words",
     [
         ("def scored(): pass", "has no function score"),
+        ("score = 3", "has no function score"),
         ("def score(:", "fails to import: SyntaxError"),
         ("import nowhere_to_be_found", "fails to import: ModuleNotFoundError"),
     ],
@@ -84,12 +86,12 @@ def test_a_file_may_hold_what_looks_its_own_module_up(tmp_path):
         ("None", "no list of numbers"),
         ("['high', 1]", "no list of numbers"),
         ("'12'", "no list of numbers"),
-        ("1 / 0", "ZeroDivisionError.*on line 1 for 2 completions .the first 'x' of prompt 'a'"),
+        ("1 / 0", "ZeroDivisionError.*on line 1 for 2 prompts .the first 'a', answered 'x'"),
     ],
 )
 def test_wrong_return_values_are_refused(tmp_path, value, words):
     function = load_reward_function(write(tmp_path, f"def score(p, c): return {value}"), 5.0)
-    with pytest.raises(RewardFailed, match=words):
+    with pytest.raises(SourceFailed, match=words):
         function(["a", "b"], ["x", "y"])
 
 
@@ -105,7 +107,7 @@ def test_a_function_that_hangs_is_interrupted_where_it_stands(tmp_path, hang):
     body = f"import re, threading, time\ndef score(p, c):\n    if p[0] == 'hang':\n        {hang}\n"
     function = load_reward_function(write(tmp_path, body + "    return [1.0]\n"), timeout=0.2)
     start = time.monotonic()
-    with pytest.raises(RewardFailed, match="longer than 0.2 s on line 4 .*--reward-timeout"):
+    with pytest.raises(SourceFailed, match="longer than 0.2 s on line 4 .*--reward-timeout"):
         function(["hang"], ["x"])
     assert time.monotonic() - start < 5.0
     assert function(["go"], ["x"]) == [1.0]
@@ -171,7 +173,8 @@ def test_an_endpoint_is_sent_prompts_and_completions(server):
     assert server.asked == [{"prompts": ["a", MESSAGES], "completions": ["xyz", "ü"]}]
 
 
-def test_what_may_pass_is_asked_again(server, capsys):
+def test_what_may_pass_is_asked_again(server, capsys, monkeypatch):
+    monkeypatch.setattr(reward_sources, "LONGEST_WAIT", 0.05)
     server.plan = [500, 429, "drop", 1.0, 503]
     assert endpoint(server.url, 0.3, 5)(["a"], ["xyz"]) == [3.0]
     assert len(server.asked) == 6
@@ -179,7 +182,7 @@ def test_what_may_pass_is_asked_again(server, capsys):
     for words in ("answered 500", "answered 429", "could not be asked", "silent for 0.3 s"):
         assert words in said
     waits = [float(wait) for wait in re.findall(r"asked again in (\S+) s", said)]
-    assert waits == pytest.approx([0.01 * 2**i for i in range(5)])
+    assert waits == [0.01, 0.02, 0.04, 0.05, 0.05]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def test_what_may_pass_is_asked_again(server, capsys):
 )
 def test_endpoints_that_do_not_reward_are_named(server, plan, words, requests):
     server.plan = list(plan)
-    with pytest.raises(RewardFailed, match=words) as failure:
+    with pytest.raises(SourceFailed, match=words) as failure:
         endpoint(server.url, 5.0, retries=2)(["a", "b"], ["x", "y"])
     assert server.url in str(failure.value) and len(server.asked) == requests
 
@@ -314,14 +317,15 @@ def vowels(folder, at: int = 0, failure: str = "pass") -> list[str]:
     )))  # fmt: skip
 
 
-def lines_of(folder) -> tuple[list[dict], list[dict]]:
-    """Metrics, without times and memory, and samples."""
+def lines_of(folder) -> tuple[list[dict], list[dict], dict]:
+    """Metrics, without times and memory, samples, and what the guards have seen."""
     unlike = ("_s", "peak_memory_bytes")
     metrics = [
         {k: v for k, v in row.items() if not k.endswith(unlike)}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
-    return metrics, read_jsonl(folder / "samples.jsonl")
+    state = json.loads((folder / "checkpoints/step-5/state.json").read_text())
+    return metrics, read_jsonl(folder / "samples.jsonl"), state["guards"]
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +336,9 @@ def whole(tmp_path_factory):
         patch.setattr(cli, "_report", lambda config: None)
         make_base(folder)
         assert cli.main(vowels(folder)) == 0
-    metrics, samples = lines_of(folder / "run")
-    assert len(metrics) == 6 and len(samples) == 8
-    return metrics, samples
+    metrics, samples, guards = lines_of(folder / "run")
+    assert len(metrics) == 6 and len(samples) == 8 and len(guards["first"]) == 5
+    return metrics, samples, guards
 
 
 # Calls: 1 samples, 2 and 3 validation; 4 step 1; 5 step 2, 6 and 7 validation; 8 step 3; 9 step 4,
@@ -435,7 +439,7 @@ def test_text_too_long_for_such_a_model_is_named_or_cut(tmp_path, base):
     backbone.load_role("reward", folder, scalar=True, own_tokenizer=True)
     tokenizer, context = backbone.tokenizer_of("reward"), SHAPE["max_position_embeddings"]
     prompt = "what would you like " * 30
-    with pytest.raises(RewardFailed, match="what would you like .* holds 64; give --truncate"):
+    with pytest.raises(SourceFailed, match="what would you like .* holds 64; give --truncate"):
         reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=False)
     (ids,) = reencode(backbone, "reward", [prompt], ["tea"], truncate_prompts=True)
     tail = tokenizer("tea", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

@@ -121,7 +121,7 @@ def test_after_ctrl_c_the_same_command_goes_on_behind_the_last_row(
 
     act_at(monkeypatch, press_ctrl_c, 3)
     assert cli.main([str(word) for word in words]) == 130
-    assert "32 of 48 rows are in" in capsys.readouterr().err
+    assert "32 rows are in" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     monkeypatch.undo()
     sizes = act_at(monkeypatch, None, 0)
@@ -174,7 +174,9 @@ def test_rows_begun_with_other_settings_or_another_model_are_not_gone_on_with(
         raise UsageError("stopped")
 
     sizes = act_at(monkeypatch, stop, 2)
-    assert "stopped" in refused(capsys, *words)
+    assert cli.main([str(word) for word in words]) == 4
+    said = f"stopped: stopped; 16 rows are in {tmp_path}/out.jsonl.part; the same command goes on"
+    assert said in capsys.readouterr().err
     assert "was begun with max_tokens 0, not 32" in refused(capsys, *words, "--max-tokens", 32)
     save_reward(tmp_path / "run", files / "base", 2)
     assert "adapter_model.safetensors" in refused(capsys, *words)

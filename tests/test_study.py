@@ -103,6 +103,15 @@ def test_the_bars_are_held_at_one_size_by_rank_16_and_full(tmp_path, alone):
         studies.run(config(tmp_path, task="policy", preset="bars"))
 
 
+def test_a_study_of_cost_alone_takes_no_options_of_quality(tmp_path):
+    for option, given in (
+        ("--no-cost", {"cost": False}), ("--at-once", {"at_once": 3}),
+        ("--data-folder", {"data_folder": str(tmp_path)}),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{option} is for presets that tell of quality, and"):
+            RewardStudy(config(tmp_path, preset="tiny", **given))
+
+
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(tmp_path, alone):
     plan = RewardStudy(config(tmp_path))
     full, lora = (plan.cell(CAFE_PAIRS, "tiny", arm, 2) for arm in ("full", "rank 4"))
@@ -126,6 +135,7 @@ def test_what_is_done_is_kept_and_costs_wait_for_their_time(
     stop.clear()
     assert "cost = true" in (tmp_path / "study/config.toml").read_text()  # a later --resume's
     studies.run(config(tmp_path, resume=True, cost=False, at_once=3))
+    assert {at_once for _, _, at_once in ran[len(first) :]} == {3}
     names = [name for name, _, _ in ran]
     assert len(names) == len(set(names)) and not any(n.startswith("cost") for n in names)
     studies.run(config(tmp_path, resume=True, threads=2))

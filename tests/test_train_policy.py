@@ -10,15 +10,17 @@ import torch
 import transformers
 from _tiny import SHAPE, perturb, save_tiny, tiny_model, tiny_tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import perl_kernels as pk
 from perl import reinforce
 from perl.backbone import Backbone
-from perl.config import ReinforceConfig, UsageError
+from perl.config import ReinforceConfig, Unfinished, UsageError
 from perl.policy_step import ask_anchor, estimate_kl, learn, reward_returns
-from perl.reward_sources import Prompt, Unrewarded, make_scorer
+from perl.reward_sources import Prompt, make_scorer
 from perl.rollout import generate
-from perl.train_policy import episodes, train
+from perl.run import NonFiniteLoss
+from perl.train_policy import episodes, sample, train
 from perl.training import make_optimizer
 
 PROMPTS = ["one latte please", "a large tea", "two scones and a tea", "a latte", "tea", "scones"]
@@ -375,6 +377,19 @@ def test_minibatches_have_short_prompts_and_long_ones(world):
     assert [len(p) for p in episodes(config, batch)] == [1, 3, 5, 2, 4, 6] * 2
 
 
+def test_few_tokens_to_sample_from_make_answers_greedy(world):
+    backbone, _, _ = scene(world, "lora", "float32")
+    prompts = [Prompt(None, [1, 7, 9]), Prompt(None, [1, 200])]
+
+    def answers(**changes):
+        config = make_config(world, **changes)
+        return [sample(config, backbone, prompts, seed).answers() for seed in (0, 1)]
+
+    for few in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert len(set(map(str, answers(**few)))) == 1
+    assert len(set(map(str, answers()))) == 2
+
+
 def test_an_answer_that_a_stop_string_ends_counts_as_ended(world):
     train(make_config(world, stop=["a", "t"], steps=1, max_new_tokens=12))
     (row,) = metrics(world / "run")
@@ -407,7 +422,7 @@ def test_the_policy_learns_on_held_out_prompts(world, tuning, lr, seed):
 
 
 def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
-    train(make_config(world, lr=1e-2, warmup_steps=0, baseline="value"))
+    train(make_config(world, lr=1e-2, warmup_steps=0, baseline="value", value_lr=1e-12))
     row = lines(world / "run/metrics.jsonl")[-1]
     wanted = {
         "reward", "kl", "entropy", "loss", "value_loss", "length", "tokens_per_s", "rollout_s",
@@ -417,6 +432,9 @@ def test_a_step_says_what_it_did_and_the_policy_loads_in_peft(world):
     assert wanted <= row.keys() and all(row[key] is not None for key in wanted)
     assert row["rollout_s"] + row["score_s"] + row["learn_s"] == pytest.approx(row["step_s"])
     assert row["role_bytes"].keys() == {"policy", "value", "reference"}
+    value = load_file(world / "run/checkpoints/step-3/value/adapter_model.safetensors")
+    (head,) = (tensor for name, tensor in value.items() if name.endswith("score.weight"))
+    assert 0 < head.abs().max() < 1e-10  # it began at 0, and has a learning rate of its own
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "base")
     ids = torch.tensor([[1, 7, 9, 30]])
     with torch.no_grad():
@@ -476,6 +494,16 @@ def test_exact_kl_in_the_loss_is_logged(world):
     assert all(row["kl"] > 1e-4 for row in rows[1:])
 
 
+def test_gradients_that_are_not_finite_stop_before_the_update(world, monkeypatch):
+    def of_nothing(values, returns, mask):
+        return values.sum() * float("nan")
+
+    monkeypatch.setattr(reinforce, "value_loss", of_nothing)
+    with pytest.raises(NonFiniteLoss, match="value_grad_norm is nan at step 1; no checkpoint was"):
+        train(make_config(world))
+    assert NonFiniteLoss.exit_code == 3
+
+
 # -------------------------------------------------------------------------------------- resume
 
 
@@ -484,16 +512,18 @@ def test_exact_kl_in_the_loss_is_logged(world):
     {"baseline": "leave_one_out", "answers_per_prompt": 2, "prompts_per_step": 2,
      "epochs_per_batch": 2, "minibatches": 2, "kl_target": 0.01, "lora_dropout": 0.1},
 ])  # fmt: skip
-def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, changes):
+def test_a_crash_and_resume_repeat_the_run_in_every_tuning(world, capsys, changes):
     settings = dict(steps=5, checkpoint_every=2, lr=1e-3, warmup_steps=1, **changes)
     train(make_config(world, "whole", **settings))
+    full = "tuning" in changes
+    assert ("of no use here: --lora-rank\n" in capsys.readouterr().err) == full
     (world / "crash.py").write_text(
         "calls = 0\n" + VOWELS.replace(
             "    assert", "    global calls\n    calls += 1\n    assert calls != 5\n    assert"
         )
     )  # fmt: skip
     crash = dict(reward_function=f"{world / 'crash.py'}:vowels")
-    with pytest.raises(Unrewarded, match="raised AssertionError"):
+    with pytest.raises(Unfinished, match="raised AssertionError"):
         train(make_config(world, "part", **settings | crash))
     assert (world / "part/checkpoints/step-3").is_dir()  # of the last finished step
     train(make_config(world, "part", **settings, resume=True))
@@ -528,11 +558,12 @@ def test_bad_input_is_refused_before_anything_is_written(world):
     refused(world, "exact wants one head", kl_in="loss", tuning="full")
     refused(world, "no gradient on average", kl_in="loss", kl_estimator="k1")
     refused(world, "in the loss it is per token", kl_in="loss", kl_per="sequence")
-    refused(world, "give --kl-target", kl_horizon=5)
+    refused(world, "adaptive beta of --kl-target", kl_horizon=5)
     refused(world, "starts at 0", kl_target=1.0, beta=0.0)
     refused(world, "--answers-per-prompt 2 or more", baseline="leave_one_out")
     refused(world, "the ratio is 1 in the first", clip_epsilon=0.2)
-    refused(world, "learn and clip already", importance_cap=2.0, minibatches=2)
+    refused(world, "learn and clip that ratio already", importance_cap=2.0, minibatches=2)
+    refused(world, "--value-lr is for --baseline value", baseline="none", value_lr=1e-3)
     refused(world, "none of them empty", stop=["a", ""])
     refused(world, "4 rows .*each of 3 --minibatches; give a multiple of 3", minibatches=3)
     refused(world, "exactly one of", reward_model=str(world))

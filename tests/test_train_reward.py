@@ -534,8 +534,8 @@ def refused(capsys, argv: list[str]) -> str:
         (["--data", "LABELS", "--center-rewards", "0.1"], "--center-rewards is for"),
         (["--validation", "PAIRS"], "is a training file too"),
         (["--data", "HELD=1", "PAIRS=1", "--validation", "PAIRS"], "is a training file too"),
-        (["--early-stop", "2"], "want --validation"),
-        (["--best-metric", "auc"], "want --validation"),
+        (["--early-stop", "2"], "is for runs with --validation"),
+        (["--best-metric", "auc"], "is for runs with --validation"),
         (
             ["--validation", "HELD", "--best-metric", "balanced_accuracy"],
             "but pairs have accuracy, auc or loss",

@@ -480,28 +480,45 @@ void dots(
 }
 
 // W right rows at a time, copied as floats block by block. Each of their elements is spread over the
-// lanes, one for each left row: no sum crosses them.
+// lanes, one for each left row: no sum crosses them. The next block is on its way meanwhile: copying
+// alone would wait for it.
 void spread(
     const float* left, int64_t rows, const void* right, Dtype dtype, int64_t right_stride,
     int64_t count, int64_t n, float* out, int64_t ld_out, bool add) {
+  constexpr int64_t STEP = K_BLOCK / W;  // columns to multiply for each of the next W rows
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
+  const auto at = [&](int64_t row, int64_t column) {
+    return static_cast<const char*>(right) + (row * right_stride + column) * size;
+  };
   alignas(64) float block[W][K_BLOCK];
   for (int64_t first = 0; first < count; first += W) {
     Floats found[COLUMN_PANEL / W][W] = {};
     for (int64_t begin = 0; begin < n; begin += K_BLOCK) {
       const int64_t length = n - begin < K_BLOCK ? n - begin : K_BLOCK;
       for (int64_t j = 0; j < W; ++j) {
-        const int64_t row = first + j < count ? first + j : count - 1;
-        to_float(
-            static_cast<const char*>(right) + (row * right_stride + begin) * size, dtype, 1, length,
-            block[j]);
+        const char* row = at(first + j < count ? first + j : count - 1, begin);
+        if (dtype == Dtype::float32 && length == K_BLOCK) {  // calls of memcpy take twice as long
+#pragma GCC unroll 32
+          for (int64_t k = 0; k < K_BLOCK; k += W) {
+            store(block[j] + k, load(reinterpret_cast<const float*>(row) + k));
+          }
+        } else {
+          to_float(row, dtype, 1, length, block[j]);
+        }
       }
+      const char* next = begin + K_BLOCK < n ? at(first, begin + K_BLOCK) : at(first + W, 0);
       for (int64_t i = 0; i < rows; i += W) {
         Floats sums[W] = {};
-        for (int64_t k = 0; k < length; ++k) {
-          const Floats value = load(left + (begin + k) * COLUMN_PANEL + i);
+        for (int64_t from = 0; from < length; from += STEP) {
+          const int64_t to = length - from < STEP ? length : from + STEP;
+          for (int64_t k = from; k < to; ++k) {
+            // an address past the matrix does no harm
+            if (i == 0) __builtin_prefetch(next + (k - from) * W * size, 0, 2);
+            const Floats value = load(left + (begin + k) * COLUMN_PANEL + i);
 #pragma GCC unroll 16
-          for (int64_t j = 0; j < W; ++j) sums[j] += value * all(block[j][k]);
+            for (int64_t j = 0; j < W; ++j) sums[j] += value * all(block[j][k]);
+          }
+          next += right_stride * size;
         }
         for (int64_t j = 0; j < W; ++j) found[i / W][j] += sums[j];
       }

@@ -1,10 +1,10 @@
-// A pool for torch's large CPU tensors: what a step's peak needs and no more.
+// A pool for torch's CPU tensors but the small ones: what a step's peak needs and no more.
 //
 // The C library keeps freed blocks in a heap where a block of another size does not fit; giving them
 // back to the system instead means that their pages are zeroed anew at every step. Here freed memory
 // is kept, and pages of free blocks are moved behind each other (mremap: page tables change, no byte
 // is copied) where no single one is large enough. So the pool never holds more than was in use at
-// once, rounded up to EXTENT a tensor.
+// once, each tensor rounded up (`rounded`), and what is left of an EXTENT.
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -12,7 +12,9 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -27,32 +29,36 @@ namespace {
 
 // A huge page, which moves by one entry of a page table.
 constexpr size_t EXTENT = size_t{2} << 20;
-// Smaller tensors stay with torch's own allocator: rounding up would cost too much of them.
-constexpr size_t SMALLEST = 2 * EXTENT;
+// What smaller tensors are made of: a multiple of every page size that Linux has.
+constexpr size_t GRAIN = size_t{64} << 10;
+// Tensors below stay with torch's own allocator: rounding up would cost too much of them.
+constexpr size_t SMALLEST = 4 * GRAIN;
+
+size_t up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+size_t rounded(size_t bytes) { return up(bytes, bytes < 2 * EXTENT ? GRAIN : EXTENT); }
 
 class Pool {
  public:
-  // nullptr where the system has no memory left.
+  // nullptr where the system gives no memory.
   void* take(size_t bytes) {
-    const size_t size = (bytes + EXTENT - 1) / EXTENT * EXTENT;
+    const size_t size = rounded(bytes);
     std::lock_guard<std::mutex> lock(mutex);
-    auto best = free_.end();
-    for (auto block = free_.begin(); block != free_.end(); ++block) {
-      if (block->second >= size && (best == free_.end() || block->second < best->second)) {
-        best = block;
-      }
+    auto best = by_size_.lower_bound({size, nullptr});
+    if (best == by_size_.end()) {
+      if (!stitch(size)) return nullptr;
+      best = by_size_.lower_bound({size, nullptr});
     }
-    char* data;
-    if (best != free_.end()) {
-      data = best->first;
-      const size_t rest = best->second - size;
-      free_.erase(best);
-      if (rest > 0) free_.emplace(data + size, rest);
-      free_bytes_ -= size;
+    auto [room, data] = *best;
+    remove(free_.find(data));
+    // Whole extents from a block's start, others from its end: so the former stay on huge pages.
+    char* rest = data;
+    if (size % EXTENT == 0) {
+      rest += size;
     } else {
-      data = stitch(size);
-      if (data == nullptr) return nullptr;
+      data += room - size;
     }
+    if (room > size) add(rest, room - size);
     used_.emplace(data, size);
     used_bytes_ += size;
     return data;
@@ -67,28 +73,32 @@ class Pool {
     size_t size = found->second;
     used_.erase(found);
     used_bytes_ -= size;
-    free_bytes_ += size;
     auto next = free_.lower_bound(data);
     if (next != free_.end() && data + size == next->first) {
       size += next->second;
-      next = free_.erase(next);
+      next = remove(next);
     }
     if (next != free_.begin()) {
       const auto before = std::prev(next);
       if (before->first + before->second == data) {
-        before->second += size;
-        return true;
+        data = before->first;
+        size += before->second;
+        remove(before);
       }
     }
-    free_.emplace(data, size);
+    add(data, size);
     return true;
   }
 
   void empty() {
     std::lock_guard<std::mutex> lock(mutex);
-    for (const auto& [data, size] : free_) munmap(data, size);
-    free_.clear();
-    free_bytes_ = 0;
+    while (!free_.empty()) {
+      const auto [data, size] = *free_.begin();
+      munmap(data, size);
+      seams_.erase(seams_.lower_bound(data), seams_.lower_bound(data + size));
+      seams_.insert(data + size);
+      remove(free_.begin());
+    }
   }
 
   std::vector<int64_t> bytes() {
@@ -99,36 +109,73 @@ class Pool {
   std::mutex mutex;
 
  private:
-  // New addresses, with the pages of free blocks behind them as far as these reach.
-  char* stitch(size_t size) {
-    void* reserved = mmap(
-        nullptr, size + EXTENT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-        -1, 0);
-    if (reserved == MAP_FAILED) return nullptr;
-    char* start = static_cast<char*>(reserved);
-    const size_t skipped = (EXTENT - reinterpret_cast<uintptr_t>(start) % EXTENT) % EXTENT;
-    char* data = start + skipped;
-    if (skipped > 0) munmap(start, skipped);
-    if (skipped < EXTENT) munmap(data + size, EXTENT - skipped);
-    madvise(data, size, MADV_HUGEPAGE);
-    size_t filled = 0;
-    while (filled < size && !free_.empty()) {
-      auto largest = free_.begin();
-      for (auto block = free_.begin(); block != free_.end(); ++block) {
-        if (block->second > largest->second) largest = block;
-      }
-      const size_t part = std::min(largest->second, size - filled);
-      char* from = largest->first + (largest->second - part);
-      if (mremap(from, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled) == MAP_FAILED) break;
-      filled += part;
-      free_bytes_ -= part;
-      largest->second -= part;
-      if (largest->second == 0) free_.erase(largest);
-    }
-    return data;
+  using Blocks = std::map<char*, size_t>;
+
+  void add(char* data, size_t size) {
+    free_.emplace(data, size);
+    by_size_.emplace(size, data);
+    free_bytes_ += size;
   }
 
-  std::map<char*, size_t> free_;  // by address; neighbours are one block
+  Blocks::iterator remove(Blocks::iterator block) {
+    by_size_.erase({block->second, block->first});
+    free_bytes_ -= block->second;
+    return free_.erase(block);
+  }
+
+  // Makes a free block of new addresses, of at least so many bytes: with the pages of free blocks
+  // as far as these reach, and new ones before them.
+  bool stitch(size_t size) {
+    const size_t fresh = size > free_bytes_ ? up(size - free_bytes_, EXTENT) : 0;
+    const size_t total = fresh > 0 ? fresh + free_bytes_ : size;
+    void* reserved = map(nullptr, total + EXTENT, 0);
+    if (reserved == MAP_FAILED) return false;
+    char* start = static_cast<char*>(reserved);
+    char* data = reinterpret_cast<char*>(up(reinterpret_cast<uintptr_t>(start), EXTENT));
+    const size_t skipped = data - start;
+    if (skipped > 0) munmap(start, skipped);
+    if (skipped < EXTENT) munmap(data + total, EXTENT - skipped);
+    madvise(data, total, MADV_HUGEPAGE);
+    seams_.insert(data);
+    for (size_t filled = fresh; filled < total;) {
+      const auto [room, from] = *by_size_.rbegin();
+      const size_t part = std::min(room, total - filled);
+      remove(free_.find(from));
+      if (room > part) add(from + part, room - part);
+      move(from, data + filled, part);
+      filled += part;
+    }
+    add(data, total);
+    return true;
+  }
+
+  // One call may move what was mapped or moved by one call, and no more (before Linux 6.17): so as
+  // far as the next seam.
+  void move(char* from, char* to, size_t size) {
+    seams_.insert(from + size);
+    for (char* const end = from + size; from < end;) {
+      const size_t part = *seams_.upper_bound(from) - from;
+      if (mremap(from, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) {
+        // The process has as many mappings as it may have: other pages in the place of these.
+        munmap(from, part);
+        map(to, part, MAP_FIXED);
+      }
+      seams_.erase(from);
+      seams_.insert(to);
+      from += part;
+      to += part;
+    }
+  }
+
+  static void* map(void* address, size_t size, int flags) {
+    return mmap(
+        address, size, PROT_READ | PROT_WRITE,
+        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
+  }
+
+  Blocks free_;  // by address; neighbours are one block
+  std::set<std::pair<size_t, char*>> by_size_;  // the same
+  std::set<char*> seams_;  // where one of the system's mappings may begin
   std::unordered_map<void*, size_t> used_;
   size_t used_bytes_ = 0, free_bytes_ = 0;
 };
@@ -145,10 +192,7 @@ class PooledAllocator final : public at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     if (bytes < SMALLEST) return others_->allocate(bytes);
     void* data = pool().take(bytes);
-    if (data == nullptr) {
-      c10::profiledCPUMemoryReporter().OutOfMemory(bytes);
-      TORCH_CHECK(false, "the system has no ", bytes, " bytes of memory left for a tensor");
-    }
+    if (data == nullptr) return others_->allocate(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, data, &give_back, at::Device(at::kCPU)};
   }
