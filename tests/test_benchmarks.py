@@ -582,7 +582,7 @@ def test_learning_bars_are_those_of_the_studies(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "folder", sorted(p.parent for p in _results.FOLDER.glob("study-*/study.json")), ids=str
+    "folder", report.studies_of(_results.FOLDER), ids=lambda folder: folder.name
 )
 def test_tables_of_committed_studies_agree_with_their_json(tmp_path, monkeypatch, folder):
     (tmp_path / "data").mkdir()
@@ -887,7 +887,7 @@ def test_readings_become_the_greatest_of_equal_parts(timeline, monkeypatch):
     monkeypatch.setattr(timeline, "POINTS", 4)
     watch = timeline.Watch("cpu")
     watch.backbone = type("Model", (), {"role_bytes": lambda self: {"reference": {"weights": 1}}})()
-    watch.readings = [(0.5, 3), (0.9, 7), (1.1, 2), (3.5, 4), (4.0, 5)]
+    watch.readings = [(0.5, 7), (0.9, 3), (1.1, 2), (3.5, 4), (4.0, 5)]
     told = watch.told()
     assert told["bytes"] == [7, 2, 2, 5] and told["seconds"] == 4.0
     assert told["held"] == {"anchor": {"weights": 1}}
