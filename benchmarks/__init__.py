@@ -6,6 +6,7 @@
     _limits.py    what no method avoids: the share of the machine's rates that a row reaches
     _results.py   rows, the machine, and the JSON that keeps both
     _targets.py   every bar on every kind of machine, and the paper's table
+    _timelines.py what a step's memory is made of
     _figures.py   drawings
     _page.py      report.html
     report.py     tables, figures and the page from that JSON

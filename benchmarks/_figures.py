@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from benchmarks import growth, timeline
+from benchmarks import _timelines, growth
 from benchmarks._bars import DROPOUT, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
 from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
@@ -146,7 +146,7 @@ def overview(results: Sequence[Results]) -> Picture | None:
         "Ours over theirs",
         f"{machine}, {dtype}. Bars left of the line: ours is faster, or smaller. Memory of a step "
         "is the peak of its process, of an op what it takes beyond inputs and outputs. A whisker "
-        "spans the shapes, the bar is their geometric mean.",
+        "spans the shapes, the bar is their geometric mean; –: not measured.",
         list(lines.values()),
     )
 
@@ -204,7 +204,7 @@ def peers(machine: str, of_kind: Sequence[Results]) -> Iterator[Picture]:
                 file_name("peers", machine, dtype),
                 f"Every contestant: {machine}, {dtype}",
                 "Time and memory of ours over theirs: the bar is the geometric mean over the "
-                "shapes of preset full, a whisker spans them.",
+                "shapes of preset full, a whisker spans them. Bars are cut at 2; –: not measured.",
                 lines,
             )
 
@@ -254,17 +254,16 @@ def _draw_ratios(lines: list[dict], figure: Any) -> None:
         edge = min(2.0, max(1.15, 1.1 * longest))
         axes.axvline(1.0, color=INK, linewidth=1)
         for y, line in enumerate(lines):
-            if line[key] is None:
-                axes.text(0.02, y, "not measured", va="center", color=FAINT)
-                continue
-            mean, low, high = line[key]
-            axes.barh(y, min(mean, edge), 0.62, color=OURS if mean <= 1 else THEIRS)
-            if high > 1.02 * low and low < edge:
-                axes.plot([low, min(high, edge)], [y, y], color=INK, linewidth=0.9)
+            told, colour = "–", FAINT
+            if line[key]:
+                mean, low, high = line[key]
+                axes.barh(y, min(mean, edge), 0.62, color=OURS if mean <= 1 else THEIRS)
+                if high > 1.02 * low and low < edge:
+                    axes.plot([low, min(high, edge)], [y, y], color=INK, linewidth=0.9)
+                told, colour = f"{mean:.{2 if mean < 10 else 0}f}", INK if mean <= 1 else THEIRS
             axes.annotate(
-                f"{mean:.2f}" if mean < 10 else f"{mean:.0f}", (1, y), (28, 0), va="center",
-                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                fontweight="bold", color=INK if mean <= 1 else THEIRS,
+                told, (1, y), (28, 0), va="center", ha="right", fontweight="bold", color=colour,
+                xycoords=("axes fraction", "data"), textcoords="offset points",
             )  # fmt: skip
         axes.set_xlim(0, edge)
         axes.set_title("Time" if key == "time" else "Peak memory")
@@ -299,8 +298,7 @@ def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
         f"Roofline: {machine}",
         "A dot is a shape: FLOPs that no method avoids, over bytes that every method moves, "
         "against the rate reached. The lines are a large copy and torch's matrix product, of the "
-        "same run; "
-        "a dot above the slope read what lay in a cache.",
+        "same run; a dot above the slope read what lay in a cache.",
         {"ceilings": reached, "points": points},
         _draw_roofline,
         (7.5, 4.6),
@@ -309,23 +307,14 @@ def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
 
 def _draw_roofline(data: dict, figure: Any) -> None:
     axes, points = figure.subplots(), data["points"]
-    left = min(x for line in points.values() for x, _ in line) / 2
-    right = max(x for line in points.values() for x, _ in line) * 2
     copy = data["ceilings"]["copy"]
-    for dtype, peak in data["ceilings"].items():
-        if dtype == "copy":
-            continue
-        ridge = min(max(peak / copy, left), right)
-        roof = [left * copy / GIGA, min(peak, ridge * copy) / GIGA, peak / GIGA]
-        axes.plot([left, ridge, right], roof, color=INK)
-        axes.annotate(
-            f"{dtype} product: {peak / GIGA:,.0f} GFLOP/s", (right, peak / GIGA), (0, 3),
-            textcoords="offset points", ha="right",
-        )  # fmt: skip
-    axes.annotate(
-        f"copy: {copy / GIGA:,.0f} GB/s", (left, left * copy / GIGA), (8, 0),
-        textcoords="offset points",
-    )  # fmt: skip
+    peaks = {dtype: peak for dtype, peak in data["ceilings"].items() if dtype != "copy"}
+    work = [x for line in points.values() for x, _ in line] + [p / copy for p in peaks.values()]
+    left, right = min(work) / 2, max(work) * 2
+    for (dtype, peak), style in zip(peaks.items(), ("-", "--"), strict=False):
+        ridge, label = peak / copy, f"{dtype} product: {peak / GIGA:,.0f} GFLOP/s"
+        roof = [left * copy / GIGA, peak / GIGA, peak / GIGA]
+        axes.plot([left, ridge, right], roof, style, color=INK, label=label)
     for (label, line), colour, marker in zip(
         points.items(), [OURS, THEIRS, *MORE] * 4, "osD^vPX*" * 3, strict=False
     ):
@@ -334,10 +323,10 @@ def _draw_roofline(data: dict, figure: Any) -> None:
         axes.plot(work, reached, marker, color=colour, label=label, markersize=5, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set(xlabel="FLOPs per byte", ylabel="GFLOP/s")
-    for axis in (axes.xaxis, axes.yaxis):
-        _plain(axis)
+    _plain(axes.xaxis)
+    _plain(axes.yaxis, (1.0, 2.0, 5.0))
     axes.grid(which="major")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper", title=f"the slope is a copy: {copy / GIGA:,.0f} GB/s")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -384,10 +373,10 @@ def _draw_scaling(found: list[dict], figure: Any) -> None:
 
 def _plain(axis: Any, subs: tuple[float, ...] = (1.0,)) -> None:
     """Numbers as they are on a logarithmic axis, not powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_major_formatter(lambda x, place: f"{x:,.0f}" if x >= 1 else f"{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -447,7 +436,7 @@ def _draw_phases(lines: dict[str, list[float]], figure: Any) -> None:
 # ------------------------------------------------------------------------------------------------
 
 ROLES = dict(
-    zip(("policy", "value", "reward", timeline.ANCHOR), (OURS, THEIRS, *MORE), strict=False)
+    zip(("policy", "value", "reward", _timelines.ANCHOR), (OURS, THEIRS, *MORE), strict=False)
 )
 SHADES = {"weights": 0.9, "optimizer": 0.6, "activations": 0.3}  # of a role's colour
 GRADIENTS = MORE[-1]
@@ -474,9 +463,9 @@ def _draw_timelines(found: list[dict], figure: Any) -> None:
     steps = list(dict.fromkeys(one["step"] for one in found))
     grid = figure.subplots(len(steps), 2, sharey="row", squeeze=False)
     for one in found:
-        _draw_timeline(one, grid[steps.index(one["step"])][timeline.TUNINGS.index(one["tuning"])])
+        _draw_timeline(one, grid[steps.index(one["step"])][_timelines.TUNINGS.index(one["tuning"])])
     for row in grid:
-        row[0].set(ylabel="MiB in use", ylim=(0, 1.15 * row[0].get_ylim()[1]))  # room for phases
+        row[0].set(ylabel="MiB in use", ylim=(0, 1.25 * row[0].get_ylim()[1]))  # room for phases
         row[0].yaxis.set_major_formatter("{x:,.0f}")
     for axes in grid[-1]:
         axes.set_xlabel("s")
@@ -516,10 +505,12 @@ def _draw_timeline(one: dict, axes: Any) -> None:
     starts = [i for i, mark in enumerate(marks) if not i or mark["phase"] != marks[i - 1]["phase"]]
     for i, following in itertools.zip_longest(starts, starts[1:]):
         at, end = marks[i]["at"], marks[following]["at"] if following else seconds
+        narrow = end - at < 0.12 * seconds
         axes.axvline(at, color=FAINT, lw=0.8)
         axes.annotate(
-            marks[i]["phase"], (at, 1), (3, -2), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", rotation=90 if end - at < 0.12 * seconds else 0,
+            marks[i]["phase"], (at, 1), (3 if following or not narrow else -3, -2), va="top",
+            ha="left" if following or not narrow else "right", rotation=90 if narrow else 0,
+            xycoords=("data", "axes fraction"), textcoords="offset points",
         )  # fmt: skip
     how = "full tuning" if one["tuning"] == "full" else f"LoRA, rank {one['shape']['R']}"
     axes.set(xlim=(0, seconds))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks import _targets, growth, report, timeline
+from benchmarks import _targets, _timelines, growth, report
 from benchmarks._figures import Picture
 from benchmarks._results import Results, kind_of
 from benchmarks._targets import Table, counts
@@ -81,7 +81,7 @@ def _growth(results: Results) -> str:
 def _timeline(results: Results) -> str:
     if not results.timelines:
         return ""
-    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(timeline.table(results))}"
+    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(_timelines.table(results))}"
 
 
 def _picture(picture: Picture) -> str:
@@ -93,7 +93,8 @@ def _picture(picture: Picture) -> str:
 
 def _image(svg: str, name: str) -> str:
     text = base64.b64encode(svg.encode()).decode()
-    return f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{text}">'
+    source = f"data:image/svg+xml;base64,{text}"
+    return f'<div class="wide"><img alt="{escape(name)}" src="{source}"></div>'
 
 
 def _study(folder: Path) -> str:
@@ -157,11 +158,10 @@ summary { cursor: pointer; margin: 0.3rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; overflow-wrap: normal; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-th { white-space: nowrap; }
+th { white-space: nowrap; } td { min-width: 3.8rem; }
 .met { color: var(--met); } .missed { color: var(--missed); } .none { color: var(--none); }
 figure { margin: 1.5rem 0; } figcaption { max-width: 60rem; margin-bottom: 0.5rem; }
-img { max-width: 100%; height: auto; }
-pre { overflow-x: auto; font: 0.8rem/1.45 ui-monospace, monospace; }
+img { max-width: 100%; min-width: 48rem; height: auto; }
 </style>
 </head>
 <body>

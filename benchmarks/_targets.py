@@ -109,8 +109,8 @@ def learning(studies: Sequence[Path]) -> Table:
 def study_tables(folder: Path) -> dict[str, Table]:
     """The tables of a study's table.md, by title."""
     tables: dict[str, Table] = {}
-    title = ""
-    for line in (folder / "table.md").read_text(encoding="utf-8").splitlines():
+    path, title = folder / "table.md", ""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         if line.startswith("**"):
             title = line.strip("*")
         elif line.startswith("|") and not line.startswith("| ---"):

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import ROOT, _targets, growth, timeline
+from benchmarks import ROOT, _targets, _timelines, growth
 from benchmarks._bars import geomeans
 from benchmarks._figures import headlines, phases_of, pictures
 from benchmarks._limits import Ceilings, share_of_limit
@@ -192,9 +192,10 @@ def heading(results: Results) -> list[str]:
         lines.append("bf16 rows are small: without AVX-512 or AMX torch's bf16 products crawl.")
     if any(row.backend == "reference" for row in results.rows):
         lines.append("Ours ran on plain torch: no kernels are compiled here.")
-    lines.append(
-        "vs NAME is the time of ours over theirs in the same rounds: below 1, ours is faster."
-    )
+    if results.rows:
+        lines.append(
+            "vs NAME is the time of ours over theirs in the same rounds: below 1, ours is faster."
+        )
     absent = {f"{n}: {why}" for row in results.rows for n, why in row.missing.items()}
     if "ceilings" in machine:
         lines += setting(results)
@@ -346,9 +347,9 @@ def _growth(results: Sequence[Results], studies: Sequence[Path]) -> str:
     return _by_machine(found, growth.table, "python -m benchmarks.growth")
 
 
-def _timelines(results: Sequence[Results], studies: Sequence[Path]) -> str:
+def _memory(results: Sequence[Results], studies: Sequence[Path]) -> str:
     found = [one for one in results if one.timelines]
-    return _by_machine(found, timeline.table, "python -m benchmarks.timeline")
+    return _by_machine(found, _timelines.table, "python -m benchmarks.timeline")
 
 
 def _studies(results: Sequence[Results], studies: Sequence[Path]) -> str:
@@ -371,7 +372,7 @@ MADE: dict[str, Callable[[Sequence[Results], Sequence[Path]], str]] = {
     "targets-compiled": lambda results, studies: _piped(_targets.COMPILED) + "\n",
     "targets-learning": lambda results, studies: _bars(_targets.learning(studies)),
     "table-1": lambda results, studies: _piped(_targets.papers_table(results)) + "\n",
-    "growth": _growth, "timeline": _timelines, "figures": _figures, "studies": _studies,
+    "growth": _growth, "timeline": _memory, "figures": _figures, "studies": _studies,
     "files": _files,
 }  # fmt: skip
 

@@ -6,13 +6,7 @@
 The trainers of `perl` run unchanged, each in a process of its own, at the shapes of
 bench_reward_step and bench_policy_step; the third step is told of. What is in use is read every few
 milliseconds: of a GPU what torch's allocator has given out, of a CPU the resident set less what the
-pool keeps for later. Of that
-
-    libraries    was there before the model
-    weights      and the optimizer's moments are known of each role (`Backbone.role_bytes`)
-    gradients    are counted where a phase or role begins
-    activations  are the rest, of the role that runs: KV cache and scratch too, gradients that are
-                 coming, and what the C library keeps of small tensors that were freed
+pool keeps for later. benchmarks/_timelines.py says what it is made of.
 
 Under LoRA all roles share the frozen base, which is the anchor. There a step of REINFORCE passes a
 quarter of the rows at a time, as in bench_policy_step. A run that was stopped goes on with what it
@@ -42,6 +36,7 @@ import torch
 from benchmarks import PRESETS, bench_policy_step, bench_reward_step
 from benchmarks._measure import Case, give_back_freed
 from benchmarks._results import FOLDER, Results
+from benchmarks._timelines import ANCHOR, NAME, TUNINGS, table
 from benchmarks.bench_policy_step import LR, NEVER
 from perl import train_policy, train_reward
 from perl.backbone import Backbone
@@ -50,13 +45,11 @@ from perl.memory import in_use
 from perl.optimizer import Optimizer
 from perl.progress import progress
 from perl.run import Run
+from perl_kernels import _library
 
-NAME = "timeline"
 REWARD, POLICY = "reward model", "REINFORCE"
-TUNINGS = ("full", "lora")
 STEPS = 3  # the first one makes the optimizer's state, the last one is told of
 EVERY_S, POINTS = 0.002, 240  # between two readings; of a step's that are kept
-ANCHOR = "anchor"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,8 +59,9 @@ ANCHOR = "anchor"
 
 def used(device: str) -> int:
     """Bytes in use now."""
-    kept = torch.ops.perl_kernels.cpu_pool_bytes()[1] if device == "cpu" else 0
-    return in_use(device) - kept
+    if device != "cpu" or _library.missing["cpu"]:
+        return in_use(device)
+    return in_use(device) - torch.ops.perl_kernels.cpu_pool_bytes()[1]
 
 
 class Watch:
@@ -113,7 +107,7 @@ class Watch:
         for at, count in self.readings:
             part = min(int(at / seconds * len(most)), len(most) - 1)
             most[part] = max(most[part], count)
-        for part, count in enumerate(most):  # none was read while a kernel held the interpreter
+        for part, count in enumerate(most):  # none was read; a step begins as the last one ended
             most[part] = count or most[part - 1]
         held = self.backbone.role_bytes()
         for bytes_of in held.values():
@@ -134,7 +128,6 @@ def watched(config: RewardConfig | ReinforceConfig) -> dict[str, Any]:
             for step in range(1, STEPS + 1):
                 watch.begin_step()
                 yield step
-            watch.over.set()
             raise SystemExit  # before the checkpoint that ends a run
 
     class MarkedClock(train_policy.Clock):
@@ -165,9 +158,12 @@ def watched(config: RewardConfig | ReinforceConfig) -> dict[str, Any]:
     trainer = train_reward if isinstance(config, RewardConfig) else train_policy
     reader = threading.Thread(target=watch.read)
     reader.start()
-    with contextlib.suppress(SystemExit):
-        trainer.train(config)
-    reader.join()
+    try:
+        with contextlib.suppress(SystemExit):
+            trainer.train(config)
+    finally:
+        watch.over.set()
+        reader.join()
     return watch.told()
 
 
@@ -232,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results", type=Path, default=FOLDER, help="folder (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    if options.preset == "h200" and not torch.cuda.is_available():
+        parser.error("--preset h200 is for a GPU, and torch sees none here; choose another")
     name = NAME if options.preset in ("full", "h200") else f"{NAME}-{options.preset}"
     found = cases(options.preset)
     results = Results.resume(name, NAME, options.results, found[POLICY].device)
@@ -247,43 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  ".join(cell.ljust(14) for cell in line).rstrip())
     print(f"kept in {options.results / results.stem}.json")
     return 0
-
-
-# ------------------------------------------------------------------------------------------------
-# What is told
-# ------------------------------------------------------------------------------------------------
-
-
-def mark_at(timeline: dict[str, Any], part: int) -> dict[str, Any]:
-    """What the trainer was about in the middle of one of the equal parts."""
-    at = (part + 0.5) * timeline["seconds"] / len(timeline["bytes"])
-    return [mark for mark in timeline["marks"] if mark["at"] <= at][-1]
-
-
-def split(timeline: dict[str, Any], part: int) -> dict[str, int]:
-    """The bytes of one of the equal parts, by what they are for."""
-    held = timeline["held"].values()
-    found = {
-        "libraries": timeline["libraries"],
-        "weights": sum(one["weights"] for one in held),
-        "optimizer": sum(one.get("optimizer", 0) for one in held),
-        "gradients": mark_at(timeline, part)["gradients"],
-    }
-    return found | {"activations": timeline["bytes"][part] - sum(found.values())}
-
-
-def table(results: Results) -> list[list[str]]:
-    """A line per training: its peak, where it is, and what it is made of, in MiB."""
-    lines = [["step", "tuning", "type", "s", "peak, MiB", "in", "libraries", "weights",
-              "optimizer", "gradients", "activations"]]  # fmt: skip
-    for one in results.timelines:
-        peak = max(range(len(one["bytes"])), key=one["bytes"].__getitem__)
-        mark, parts = mark_at(one, peak), split(one, peak)
-        figures = [f"{n / 2**20:,.0f}" for n in (one["bytes"][peak], *parts.values())]
-        where = f"{mark['phase']}, {mark['role']}"
-        what = [one["step"], one["tuning"], one["dtype"], f"{one['seconds']:.3g}"]
-        lines.append([*what, figures[0], where, *figures[1:]])
-    return lines
 
 
 if __name__ == "__main__":

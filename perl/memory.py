@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, on the CPU (resident set) and on CUDA (allocator).
+"""Memory in use, and its peak over a piece of work: resident set on a CPU, allocator on CUDA.
 
 On Linux the kernel's high-water mark is reset when the measurement starts; elsewhere, or where
 /proc may not be written, the mark is that of the whole process so far (`resettable` is False).

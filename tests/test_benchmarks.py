@@ -19,11 +19,11 @@ from benchmarks import (
     _page,
     _results,
     _targets,
+    _timelines,
     check,
     gpu,
     growth,
     report,
-    timeline,
 )
 from benchmarks._measure import Case, Compared, Contest
 from benchmarks._results import Results, Row
@@ -582,7 +582,7 @@ def test_learning_bars_are_those_of_the_studies(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "folder", sorted(p.parent for p in _results.FOLDER.glob("study-*/study.json")), ids=str
+    "folder", report.studies_of(_results.FOLDER), ids=lambda folder: folder.name
 )
 def test_tables_of_committed_studies_agree_with_their_json(tmp_path, monkeypatch, folder):
     (tmp_path / "data").mkdir()
@@ -813,17 +813,18 @@ def test_phases_of_a_step_are_drawn():
 
 
 @pytest.fixture
-def restored(monkeypatch):
-    """What `timeline.watched` wraps, which has a process of its own otherwise."""
+def timeline(monkeypatch):
+    """The module; what its `watched` wraps is put back, as there is no process of its own here."""
     for owner, name in (
         (Backbone, "hidden"), (Optimizer, "clip"), (train_policy, "Run"), (train_policy, "Clock"),
         (train_reward, "Run"), (train_reward, "batch_loss"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
+    return import_module("benchmarks.timeline")  # not above: fresh processes would load its peers
 
 
-@pytest.mark.parametrize("tuning", timeline.TUNINGS)
-def test_a_timeline_tells_phases_roles_and_what_is_held(tmp_path, restored, tuning):
+@pytest.mark.parametrize("tuning", _timelines.TUNINGS)
+def test_a_timeline_tells_phases_roles_and_what_is_held(tmp_path, timeline, tuning):
     found = timeline.cases("tiny")
     case = found[timeline.POLICY]
     timeline.bench_policy_step.write_inputs(tmp_path, case)
@@ -861,14 +862,16 @@ def make_timeline(step, tuning):
 
 def test_the_peak_of_a_step_is_split_and_drawn(tmp_path):
     results = make_results(name="timeline")
-    results.preset = timeline.NAME
-    results.timelines = [make_timeline("reward model", how) for how in timeline.TUNINGS]
+    results.preset = _timelines.NAME
+    results.timelines = [make_timeline("reward model", how) for how in _timelines.TUNINGS]
     results.write([tmp_path])
     (kept,) = report.every_result(tmp_path)
     assert kept.timelines == results.timelines
-    line = ["fp32", "4", "190", "backward, reward", "100", "30", "8", "0", "52"]
-    assert timeline.table(kept)[1:] == [["reward model", how, *line] for how in timeline.TUNINGS]
-    parts = timeline.split(results.timelines[0], 3)
+    line = ["fp32", "R16", "4", "190", "backward, reward", "100", "30", "8", "0", "52"]
+    assert _timelines.table(kept)[1:] == [
+        ["reward model", how, *line] for how in _timelines.TUNINGS
+    ]
+    parts = _timelines.split(results.timelines[0], 3)
     assert [count // MIB for count in parts.values()] == [100, 30, 8, 4, 3]
     (picture,) = _figures.pictures([kept])
     drawn = picture.svg()
@@ -880,17 +883,17 @@ def test_the_peak_of_a_step_is_split_and_drawn(tmp_path):
     assert path.name == f"{picture.name}.png" and path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_readings_become_the_greatest_of_equal_parts(monkeypatch):
+def test_readings_become_the_greatest_of_equal_parts(timeline, monkeypatch):
     monkeypatch.setattr(timeline, "POINTS", 4)
     watch = timeline.Watch("cpu")
     watch.backbone = type("Model", (), {"role_bytes": lambda self: {"reference": {"weights": 1}}})()
-    watch.readings = [(0.5, 3), (0.9, 7), (1.1, 2), (3.5, 4), (4.0, 5)]
+    watch.readings = [(0.5, 7), (0.9, 3), (1.1, 2), (3.5, 4), (4.0, 5)]
     told = watch.told()
     assert told["bytes"] == [7, 2, 2, 5] and told["seconds"] == 4.0
     assert told["held"] == {"anchor": {"weights": 1}}
 
 
-def test_timelines_go_on_where_they_were(tmp_path, monkeypatch, capsys):
+def test_timelines_go_on_where_they_were(tmp_path, timeline, monkeypatch, capsys):
     asked = []
 
     def measure(step, tuning, case):
