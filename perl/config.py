@@ -1001,10 +1001,13 @@ class PlanConfig(Config):
     devices: int = option(1, at_least=1, help="processes that share the batch, one device each")
     shard: bool = _as_in(TrainConfig, "shard")
     memory: float | None = option(
-        None, unit="GiB", above=0, help="of each device: also tell the largest batch that fits"
+        None,
+        unit="GiB",
+        above=0,
+        help="of each device: also tell the largest batch that fits whole",
     )
     machine: Literal["h200", "h100", "a100", "l40s", "l4"] | None = option(
-        None, help="peaks of this GPU's data sheet, in 16 bits"
+        None, help="peaks of this GPU's data sheet: dense products in 16 bits, and memory"
     )
     probe: bool = option(False, help="measure the peaks here, for two seconds")
     device_flops: float | None = option(None, unit="FLOP/s", above=0, help="peak of products")
@@ -1012,7 +1015,7 @@ class PlanConfig(Config):
     efficiency: float = option(
         1.0, above=0, at_most=1, help="share of the peaks that a step is taken to reach"
     )
-    json: bool = option(False, help="one JSON object in place of tables; bytes, seconds")
+    json: bool = option(False, help="one JSON object in place of tables, in bytes and seconds")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1023,6 +1026,10 @@ class PlanConfig(Config):
             raise UsageError(
                 "--machine, --probe and --device-flops all say how fast the device is; give one"
             )
+        if self.machine is not None and self.device == "cpu":
+            raise UsageError(f"--machine {self.machine} is a GPU; give --device cuda with it")
+        if self.checkpoint_activations and self.job in ("sft", "reinforce"):
+            raise UsageError(f"--checkpoint-activations is of reward, and --job is {self.job}")
         if self.shard and self.devices == 1:
             raise UsageError("--shard spreads the model over several --devices; give at least 2")
 

@@ -9,14 +9,14 @@ every operation, and follows each storage from the one that made it to the momen
 it any more. The peak of what is held is the prediction. So what autograd keeps, temporaries, and
 whatever a change in a trainer brings with it are counted, and no formula or constant is fitted.
 
-Memory is the promise, for batches with rows as long as --max-tokens and padding in others. Time is
-an estimate: an operation takes as long as its arithmetic at the device's peak, or its bytes at the
-device's bandwidth, whichever is longer, over --efficiency.
+Memory is the promise, for batches with rows as long as --max-tokens and padding in others; slow
+tests hold it to within 10 % of what processes take. Time is an estimate that no test holds: an
+operation takes as long as its arithmetic at the device's peak, or its bytes at the device's
+bandwidth, whichever is longer, over --efficiency.
 
 Left out, as the ledger does not see it: what kernels hold inside an operation (a few MiB a thread),
 messages between processes, fragmentation, of CUDA's allocator and of the C library's heap, where
-CPU tensors under 4 MiB are (`pk.use_cpu_pool`): a rollout and update of nothing larger was seen to
-take 1.45 times what is counted. Validation is left out too.
+CPU tensors under 256 KiB are (`pk.use_cpu_pool`). Validation is left out too.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Ledger(TorchDispatchMode):
         self.phase, self.peak_phase, self.peak_at, self.times = "", "", 0, 1.0
         # of each operation: its phase, how often it comes, FLOPs, bytes read and written
         self.work: list[tuple[str, float, int, int]] = []
+        self.roles: dict[str, dict[str, int]] = {}  # `Backbone.role_bytes`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -432,6 +433,7 @@ def count(config: PlanConfig, job: str, tuning: str) -> Ledger:
             optimizer.step(1)
         update = Update(trainer, backbone, judges, optimizers, ledger, -(-rows // config.devices))
         try:
+            ledger.roles = backbone.role_bytes()
             with ledger, kept:
                 name_parts(update, config.devices if config.shard else 1)
                 one_update(update)
@@ -500,11 +502,17 @@ def _trainer_config(config: PlanConfig, kind: type, tuning: str) -> Any:
     return kind(**values, data=["-"], out="-", tuning=tuning)
 
 
-_POOLED, _EXTENT = 4 * MIB, 2 * MIB  # as in csrc/cpu/pool.cpp
+def pooled(size: int) -> int:
+    """What csrc/cpu/pool.cpp takes for a tensor; smaller ones are the C library's."""
+    if size < MIB // 4:
+        return size
+    unit = MIB // 16 if size < 4 * MIB else 2 * MIB
+    return -(-size // unit) * unit
+
 
 GRANTED: dict[str, Callable[[int], int]] = {
-    "cpu": lambda size: -(-size // _EXTENT) * _EXTENT if size >= _POOLED else size,
-    "cuda": lambda size: -(-size // 512) * 512,
+    "cpu": pooled,
+    "cuda": lambda size: -(-size // 512) * 512,  # a block of torch's caching allocator
 }
 
 
@@ -520,7 +528,8 @@ class Peaks(NamedTuple):
     source: str
 
 
-# dense products of 16-bit numbers, and memory: NVIDIA's data sheets of the SXM modules, or the card
+# Products of dense bfloat16 matrices, and memory, by NVIDIA's data sheet of each GPU: of the SXM
+# module where there are several forms, and half of what is given there "with sparsity".
 MACHINES = {
     "h200": (989e12, 4.8e12),
     "h100": (989e12, 3.35e12),
@@ -559,10 +568,18 @@ def run(config: PlanConfig) -> dict[str, Any] | None:
 def figures_of(
     config: PlanConfig, job: str, tuning: str, own: int, peaks: Peaks | None
 ) -> dict[str, Any]:
-    """Bytes by kind at the peak, where it is, and what --memory and the device's peaks allow."""
+    """Bytes by kind at the peak, where it is, and what --memory and the device's peaks allow.
+
+    "roles" is what each role alone has, whole models also under --shard (`Backbone.role_bytes`).
+    """
     ledger = count(config, job, tuning)
     memory = {kind: ledger.peak[kind] for kind in KINDS} | {"process": own}
-    figures = {"memory": memory, "peak": sum(memory.values()), "peak_phase": ledger.peak_phase}
+    figures = {
+        "memory": memory,
+        "peak": sum(memory.values()),
+        "peak_phase": ledger.peak_phase,
+        "roles": ledger.roles,
+    }
     if peaks is not None:
         figures["seconds"] = seconds(ledger.work, peaks, config.efficiency)
     if config.memory is not None:
@@ -658,26 +675,35 @@ def table(config: PlanConfig, job: str, figures: dict[str, Any]) -> str:
         "reinforce": ("prompts_per_step", "prompts with answers"),
     }[job]
     tokens = config.max_tokens or "context's"
-    lines = [f"{job}: {getattr(config, flag)} {what}, {tokens} tokens each, {config.dtype}"]
     most = max(plan["peak"] for plan in figures.values())
+    scale, unit, digits = (2**30, "GiB", 1) if most >= 10 * 2**30 else (MIB, "MiB", 0)
+    lines = [f"{job}: {getattr(config, flag)} {what}, {tokens} tokens each, {config.dtype}"]
+    if config.devices > 1:
+        lines[0] += f"; of each of {config.devices} devices"
 
-    def row(name: str, value: Callable[[dict], str], size: Callable[[dict], int] = lambda _: 0):
+    def row(name: str, value: Callable[[dict], str], bar: Callable[[dict], int] = lambda _: 0):
         cells = [
-            f"{value(plan):>12} {BAR * round(WIDTH * size(plan) / most):{WIDTH}}"
+            f"{value(plan):>12} {BAR * round(WIDTH * bar(plan) / most):{WIDTH}}"
             for plan in figures.values()
         ]
         lines.append(f"  {name:<16}" + " ".join(cells).rstrip())
+
+    def memory(name: str, size: Callable[[dict], int]):
+        row(name, lambda plan: f"{size(plan) / scale:.{digits}f} {unit}", size)
 
     names = iter(figures)
     row("", lambda _: {"full": "full", "lora": f"LoRA {config.lora_rank}"}[next(names)])
     for kind in (*KINDS, "process"):
         if any(plan["memory"][kind] for plan in figures.values()):
-            row(kind, lambda p, k=kind: gib(p["memory"][k]), lambda p, k=kind: p["memory"][k])
-    row("peak", lambda plan: gib(plan["peak"]), lambda plan: plan["peak"])
+            memory(kind, lambda plan, kind=kind: plan["memory"][kind])
+    memory("peak", lambda plan: plan["peak"])
     if job == "reinforce":
         row("in phase", lambda plan: plan["peak_phase"])
     if config.memory is not None:
         row("largest batch", lambda plan: str(plan["largest_batch"]))
+    lines.append("  what each role has: weights, gradients, optimizer")
+    for role in dict.fromkeys(role for plan in figures.values() for role in plan["roles"]):
+        memory(f"  {role}", lambda plan, role=role: sum(plan["roles"].get(role, {}).values()))
     phases = dict.fromkeys(phase for p in figures.values() for phase in p.get("seconds", ()))
     for phase in phases:
         row(f"{phase}, s", lambda plan, phase=phase: f"{plan['seconds'][phase]:.3g}")
@@ -687,7 +713,3 @@ def table(config: PlanConfig, job: str, figures: dict[str, Any]) -> str:
 
 
 BAR, WIDTH = "█", 16
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -26,10 +28,16 @@ START = """
 """
 
 
-def in_a_process(*parts: str) -> None:
-    """Each part begins with an empty pool."""
+def in_a_process(*parts: str, preload: str = "") -> None:
+    """Each part begins with an empty pool. preload: a library before all but what is there."""
     source = "pk.empty_cpu_pool()\n".join(textwrap.dedent(part) for part in [START, *parts])
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    libraries = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), preload]))
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        env=os.environ | ({"LD_PRELOAD": libraries} if libraries else {}),
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -119,6 +127,42 @@ def test_blocks_are_split_joined_stitched_and_given_back():
     in_a_process(
         STITCHED, NEIGHBOURS, SMALL_AND_SHARED, RESTITCHED, GIVEN_BACK, FORKED, NO_MEMORY_LEFT
     )
+
+
+# Before Linux 6.17 mremap refuses to move more than one mapping, when the target is gone already.
+MREMAP = r"""
+    #define _GNU_SOURCE
+    #include <stdarg.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    void *mremap(void *from, size_t size, size_t new_size, int flags, ...) {
+      va_list more;
+      va_start(more, flags);
+      void *to = va_arg(more, void *);
+      va_end(more);
+      unsigned long start = (unsigned long)from, low, high;
+      int one = 0;
+      char line[512];
+      FILE *maps = fopen("/proc/self/maps", "r");
+      while (fgets(line, sizeof line, maps))
+        if (sscanf(line, "%lx-%lx", &low, &high) == 2)
+          one |= low <= start && start + size <= high;
+      fclose(maps);
+      if (!one) abort();
+      return (void *)syscall(SYS_mremap, from, size, new_size, flags, to);
+    }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="wants a C compiler")
+def test_a_call_of_mremap_moves_one_mapping(tmp_path):
+    (tmp_path / "mremap.c").write_text(MREMAP)
+    library = str(tmp_path / "mremap.so")
+    build = ["cc", "-shared", "-fPIC", "-o", library, str(tmp_path / "mremap.c")]
+    subprocess.run(build, check=True)
+    in_a_process(STITCHED, RESTITCHED, preload=library)
 
 
 def test_random_sizes_from_several_threads_keep_their_values():

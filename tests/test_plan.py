@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from _commands import read_jsonl, refused, run, write_jsonl
 from _tiny import tiny_tokenizer
 from torch._subclasses import FakeTensorMode
 
+import perl_kernels as pk
 from perl import plan
 from perl.config import PlanConfig, SftConfig
 
@@ -147,6 +149,17 @@ def test_a_sharded_model(tiny):
     assert halves["activations"] == alone["activations"]
 
 
+@pytest.mark.parametrize("size", [2**18 - 1, 2**18, 2**18 + 1, 2**22 - 1, 2**22, 2**22 + 1])
+def test_what_the_pool_takes(size):
+    if not pk.use_cpu_pool():
+        pytest.skip("the pool is compiled, and for Linux only")
+    before, _ = torch.ops.perl_kernels.cpu_pool_bytes()
+    tensor = torch.empty(size, dtype=torch.uint8)
+    used, _ = torch.ops.perl_kernels.cpu_pool_bytes()
+    assert used - before == (plan.pooled(size) if size >= 2**18 else 0)
+    del tensor
+
+
 @pytest.mark.parametrize("limit", [99, 100, 1_000, 123_456])
 def test_largest_batch(limit):
     """The exact one, in a few calls, of a peak that is flat at first and bends."""
@@ -163,10 +176,15 @@ def test_the_table_says_what_json_says(capsys, tiny):
     figures = json.loads(run(capsys, *flags, "--json"))["sft"]
     for tuning in ("full", "lora"):
         assert figures[tuning]["peak"] == sum(figures[tuning]["memory"].values())
+        held = sum(role["weights"] for role in figures[tuning]["roles"].values())
+        assert held == pytest.approx(figures[tuning]["memory"]["weights"], rel=0.1)  # in 512 bytes
+    assert list(figures["full"]["roles"]) == ["policy"]
+    assert list(figures["lora"]["roles"]) == ["policy", "reference"]
     assert figures["lora"]["peak"] < figures["full"]["peak"]
     assert figures["lora"]["largest_batch"] > figures["full"]["largest_batch"] > 0
     lines = {line[:18].strip(): line[18:].split() for line in run(capsys, *flags).splitlines()}
     assert lines["largest batch"] == [str(figures[t]["largest_batch"]) for t in ("full", "lora")]
+    assert {"policy", "reference"} < set(lines)
     assert lines["step, s"] == [f"{figures[t]['seconds']['learn']:.3g}" for t in ("full", "lora")]
 
 
@@ -176,7 +194,9 @@ def test_the_table_says_what_json_says(capsys, tiny):
         (["--shard"], "give at least 2"),
         (["--device-flops", "1e12"], "give both"),
         (["--machine", "h200", "--probe"], "give one"),
-        (["--machine", "h200"], "give --dtype bfloat16"),
+        (["--machine", "h200"], "is a GPU; give --device cuda"),
+        (["--machine", "h200", "--device", "cuda"], "give --dtype bfloat16"),
+        (["--job", "sft", "--checkpoint-activations"], "is of reward"),
         (["--max-tokens", "65"], "context is 64"),
         (["--lora-targets", "nothing"], "nothing"),
         (["--job", "reinforce", "--max-new-tokens", "64"], "no room is left"),
@@ -222,11 +242,31 @@ def small(tmp_path_factory):
     return folder
 
 
-def perl(*words: object) -> str:
-    words = [sys.executable, "-m", "perl", *map(str, words)]
-    done = subprocess.run(words, capture_output=True, text=True)
+def perl(*words: object, processes: int = 1) -> str:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    words = [*(launcher if processes > 1 else []), "-m", "perl", *map(str, words)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def peaks(job: str, tuning: str, model: Path, out: Path, devices: int = 1) -> tuple[int, int]:
+    """As planned and as measured, in bytes; of several processes the largest."""
+    shard = ["--shard"] * (devices > 1)
+    planned = json.loads(
+        perl(
+            "plan", "--model", model, "--job", job, *FLAGS[job], "--reward-models", 0,
+            "--devices", devices, *shard, "--json",
+        )
+    )  # fmt: skip
+    flags = ["--reward-function", f"{model}/f.py:reward"] if job == "reinforce" else []
+    perl(
+        job, "--model", model, "--data", model / f"{job}.jsonl", "--out", out, "--tuning", tuning,
+        "--steps", 2, "--truncate-prompts", *FLAGS[job], *flags, *shard, processes=devices,
+    )  # fmt: skip
+    measured = max(row.get("peak_memory_bytes", 0) for row in read_jsonl(out / "metrics.jsonl"))
+    print(f"{job}, {tuning}, {devices} devices: {planned[job][tuning]['peak']} of {measured}")
+    return planned[job][tuning]["peak"], measured
 
 
 @pytest.mark.slow
@@ -234,14 +274,13 @@ def perl(*words: object) -> str:
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("job", FLAGS)
 def test_peak_of_a_process(small, job, tuning, tmp_path):
-    planned = json.loads(
-        perl("plan", "--model", small, "--job", job, *FLAGS[job], "--reward-models", 0, "--json")
-    )
-    flags = ["--reward-function", f"{small}/f.py:reward"] if job == "reinforce" else []
-    perl(
-        job, "--model", small, "--data", small / f"{job}.jsonl", "--out", tmp_path / "run",
-        "--tuning", tuning, "--steps", 2, "--truncate-prompts", *FLAGS[job], *flags,
-    )  # fmt: skip
-    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    measured = max(row.get("peak_memory_bytes", 0) for row in metrics)
-    assert planned[job][tuning]["peak"] == pytest.approx(measured, rel=0.1)
+    planned, measured = peaks(job, tuning, small, tmp_path / "run")
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_peak_of_each_of_two_processes(small, tuning, tmp_path):
+    planned, measured = peaks("sft", tuning, small, tmp_path / "run", devices=2)
+    assert planned == pytest.approx(measured, rel=0.1)

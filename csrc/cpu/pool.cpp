@@ -33,6 +33,8 @@ constexpr size_t EXTENT = size_t{2} << 20;
 constexpr size_t GRAIN = size_t{64} << 10;
 // Tensors below stay with torch's own allocator: rounding up would cost too much of them.
 constexpr size_t SMALLEST = 4 * GRAIN;
+// A quarter of the mappings that Linux gives a process. Steps that repeat make a few hundred seams.
+constexpr size_t MOST_SEAMS = 1 << 14;
 
 size_t up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -92,13 +94,7 @@ class Pool {
 
   void empty() {
     std::lock_guard<std::mutex> lock(mutex);
-    while (!free_.empty()) {
-      const auto [data, size] = *free_.begin();
-      munmap(data, size);
-      seams_.erase(seams_.lower_bound(data), seams_.lower_bound(data + size));
-      seams_.insert(data + size);
-      remove(free_.begin());
-    }
+    release();
   }
 
   std::vector<int64_t> bytes() {
@@ -123,9 +119,25 @@ class Pool {
     return free_.erase(block);
   }
 
+  // Gives free blocks back to the system; seams are left in the others alone.
+  void release() {
+    for (const auto& [data, size] : free_) munmap(data, size);
+    free_.clear();
+    by_size_.clear();
+    free_bytes_ = 0;
+    std::set<char*> left;
+    for (const auto& [data, size] : used_) {
+      char* const start = static_cast<char*>(data);
+      left.insert(start);
+      left.insert(seams_.lower_bound(start), seams_.lower_bound(start + size));
+    }
+    seams_.swap(left);
+  }
+
   // Makes a free block of new addresses, of at least so many bytes: with the pages of free blocks
   // as far as these reach, and new ones before them.
   bool stitch(size_t size) {
+    if (seams_.size() > MOST_SEAMS) release();
     const size_t fresh = size > free_bytes_ ? up(size - free_bytes_, EXTENT) : 0;
     const size_t total = fresh > 0 ? fresh + free_bytes_ : size;
     void* reserved = map(nullptr, total + EXTENT, 0);
@@ -149,14 +161,14 @@ class Pool {
     return true;
   }
 
-  // One call may move what was mapped or moved by one call, and no more (before Linux 6.17): so as
-  // far as the next seam.
+  // Before Linux 6.17 a call that would move two mappings fails, and has unmapped the target by then,
+  // for any thread to take: so from seam to seam.
   void move(char* from, char* to, size_t size) {
     seams_.insert(from + size);
     for (char* const end = from + size; from < end;) {
       const size_t part = *seams_.upper_bound(from) - from;
       if (mremap(from, part, part, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) {
-        // The process has as many mappings as it may have: other pages in the place of these.
+        // The process has as many mappings as it may have: new pages in the place of these.
         munmap(from, part);
         map(to, part, MAP_FIXED);
       }
