@@ -973,7 +973,10 @@ class PlanConfig(Config):
     Times are estimates: they want --machine, --probe, or --device-flops and --device-bandwidth.
     """
 
-    model: str = option(help="model folder, config.json, hub name, or the folder of a run")
+    model: str = option(
+        help="model folder, config.json, the folder of a run, or a hub name whose config is in the "
+        "local cache; nothing is fetched"
+    )
     job: Literal["all", "sft", "reward", "reinforce"] = option("all", help="which trainer")
     dtype: Literal["float32", "bfloat16"] = _as_in(ModelConfig, "dtype")
     device: Literal["cpu", "cuda"] = option(

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import (
@@ -222,15 +223,28 @@ _ATTENTION = {
 
 
 def model_config(path: str) -> Any:
-    """The transformers config of what --model names: a folder, config.json, a hub name, a run."""
+    """The transformers config of what --model names: a folder, config.json, a run, a hub name."""
     folder = role_folder(path, "policy") if Path(path).is_dir() else Path(path)
     if is_adapter(folder):
         return model_config(base_of(folder))
+    file = folder if folder.exists() else _kept_by_the_hub(path)
     try:
-        return AutoConfig.from_pretrained(str(folder), local_files_only=folder.exists())
+        return AutoConfig.from_pretrained(str(file), local_files_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"no model config in {path}: {reason}") from error
+
+
+def _kept_by_the_hub(name: str) -> str:
+    """The config.json that the hub's client has here; transformers would ask the network."""
+    with suppress(ValueError):  # a path is no name
+        file = try_to_load_from_cache(name, "config.json")
+        if isinstance(file, str):
+            return file
+    raise UsageError(
+        f"no model config in {name}: there is no such folder or file, and a plan fetches nothing; "
+        f"if it is a hub name, `hf download {name} config.json` does"
+    )
 
 
 class _Enough(Exception):

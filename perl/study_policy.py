@@ -201,7 +201,8 @@ class PolicyStudy(Study):
         if job.command == "generate":
             return self.cut_stories(where / _ANSWERS["generate"])
         if job.command == "evaluate":
-            return _rows(where / _ANSWERS["evaluate"])[0]
+            (row,) = _rows(where / _ANSWERS["evaluate"])
+            return {name: value for name, value in row.items() if not isinstance(value, str)}
         if job.command != "reinforce" or "sweep" in job.flags or "validation" not in job.flags:
             return super().figures(job)
         metrics = _rows(where / "metrics.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -206,8 +207,17 @@ def test_refusals(capsys, tiny, flags, words):
     assert words in refused(capsys, "plan", "--model", tiny, *flags)
 
 
-def test_no_model(capsys, tmp_path):
-    assert "no model config" in refused(capsys, "plan", "--model", tmp_path / "absent")
+def test_a_hub_name_is_not_fetched(capsys, monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    said = refused(capsys, "plan", "--model", "nobody/tiny")
+    assert "no such folder or file" in said and "`hf download nobody/tiny config.json`" in said
+    assert "no such folder or file" in refused(capsys, "plan", "--model", tmp_path / "a" / "b")
+    kept = tmp_path / "models--nobody--tiny"
+    shutil.copytree(tiny, kept / "snapshots" / "1")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1")
+    assert plan.model_config("nobody/tiny").model_type == "llama"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ def test_figures_of_a_policy_and_of_the_judge(tmp_path, alone):
     judge = plan.judged(CAFE_ANSWERS, "full", 0)
     figures = plan.out / judge.name / "figures.jsonl"
     figures.parent.mkdir(parents=True)
-    figures.write_text('{"reward": 0.8}\n')
+    figures.write_text('{"policy": "/a/folder", "reward": 0.8}\n')
     assert plan.figures(judge) == {"reward": 0.8}
     plan.throw_away(judge)
     assert not (folder / "policy").exists()
