@@ -285,7 +285,7 @@ def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
     ceilings = [rates(one.machine["ceilings"]) for one in of_kind if "ceilings" in one.machine]
     if not ceilings:
         return None
-    reached = ceilings[0]
+    reached = {name: max(one.get(name, 0) for one in ceilings) for name in ceilings[0]}
     points: dict[str, list[list[float]]] = {}
     for dtype in reached.keys() - {"copy"}:
         for row in full_rows(of_kind, dtype) or [r for o in of_kind for r in o.rows]:
@@ -297,8 +297,8 @@ def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
         file_name("roofline", machine),
         f"Roofline: {machine}",
         "A dot is a shape: FLOPs that no method avoids, over bytes that every method moves, "
-        "against the rate reached. The lines are a large copy and torch's matrix product, of the "
-        "same run; a dot above the slope read what lay in a cache.",
+        "against the rate reached. The lines are a large copy and torch's matrix product, the best "
+        "of any run; a dot above the slope read what lay in a cache.",
         {"ceilings": reached, "points": points},
         _draw_roofline,
         (7.5, 4.6),

@@ -38,7 +38,7 @@ ROOM = "rollout"
 PEERS = ("peft",)
 EOS = 2
 SHAPES = {
-    # 81 million parameters; at the smaller ones the host's share is larger
+    # 106 million parameters, 81 without the head; at the smaller ones the host's share is larger
     "full": {"B": 16, "P": 64, "T": 64, "H": 768, "L": 8, "F": 2048, "A": 12, "V": 32000, "R": 16},
     "quick": {"B": 16, "P": 32, "T": 32, "H": 384, "L": 4, "F": 1024, "A": 6, "V": 8000, "R": 16},
     "small": {"B": 8, "P": 16, "T": 16, "H": 64, "L": 2, "F": 192, "A": 4, "V": 500, "R": 16},

@@ -15,6 +15,7 @@ was wrong.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -69,7 +70,8 @@ ORDER: list[tuple[str, str, dict[str, int]]] = [
 ROOMS = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
 SECONDS = {"h200": 1.0, "tiny": 0.01}  # of timing per case
 # seconds, by room: with less, no case
-LEFT = {"reward_step": 100.0, "policy_step": 200.0, "rollout": 150.0, "study": 60.0, "": 15.0}
+LEFT = {"reward_step": 100.0, "policy_step": 200.0, "rollout": 150.0, "study": 60.0,
+        "timeline": 60.0, "": 15.0}  # fmt: skip
 STUDY = 0.4  # of the time that the benchmarks may take is kept for the studies
 
 
@@ -81,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny; builds nothing")
     parser.add_argument("--skip-build", action="store_true", help="use what is built")
     parser.add_argument("--skip-tests", action="store_true", help="go to the benchmarks at once")
-    parser.add_argument("--skip-study", action="store_true", help="of models with 1.1 B weights")
+    parser.add_argument(
+        "--skip-study", action="store_true", help="of models with 1.1 B weights, and timelines"
+    )
     parser.add_argument(
         "--rooms", nargs="+", choices=ROOMS, default=ROOMS, metavar="ROOM",
         help="bench_ROOM.py alone (default: all)",
@@ -116,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for share, task in () if options.skip_study else ((0.5, "reward"), (1.0, "policy")):
         if share * (left := deadline - time.monotonic()) > LEFT["study"]:
             failed |= not study(task, preset, folders, share * left)
+    left = deadline - time.monotonic()
+    if left > LEFT["timeline"] and not options.skip_study:
+        failed |= not timeline(preset, folders, left)
     return int(failed or bool(results.failures))
 
 
@@ -146,20 +153,40 @@ def run(stage: str, command: list[str], folders: list[Path], seconds: float) -> 
 
 
 def study(task: str, preset: str, folders: list[Path], seconds: float) -> bool:
-    """`perl study`: LoRA ranks beside full tuning; its tables go beside the results.
+    """`perl study`: LoRA ranks beside full tuning; its tables go beside the results."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "study"
+        command = ["perl", "study", task, "--preset", preset, "--out", str(out)]
+        places = [folder / f"study-{task}-{preset}" for folder in folders]
+        return kept(f"study-{task}", command, out, STUDY_FILES, places, folders, seconds)
+
+
+def timeline(preset: str, folders: list[Path], seconds: float) -> bool:
+    """Memory over a training step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["benchmarks.timeline", "--preset", preset, "--results", scratch]
+        return kept("timeline", command, Path(scratch), ["*.json"], folders, folders, seconds)
+
+
+def kept(
+    stage: str,
+    module: list[str],
+    out: Path,
+    files: Sequence[str],
+    places: list[Path],
+    folders: list[Path],
+    seconds: float,
+) -> bool:
+    """`python -m` of a module that fills the folder `out`, whose files go to `places`.
 
     False where it failed. Out of time, what it has done is kept.
     """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "study"
-        command = [sys.executable, "-m", "perl", "study", task, "--preset", preset]
-        good = run(f"study-{task}", [*command, "--out", str(out)], folders, seconds)
-        for path in filter(Path.is_file, map(out.joinpath, STUDY_FILES)):
-            for folder in folders:
-                kept = folder / f"study-{task}-{preset}"
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, kept)
+    good = run(stage, [sys.executable, "-m", *module], folders, seconds)
+    for path in itertools.chain.from_iterable(map(out.glob, files)):
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
     return good or time.monotonic() - start > seconds
 
 

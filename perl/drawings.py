@@ -98,6 +98,7 @@ _DARK = {
     ),
 }
 _SIZE = (4.4, 3.0)  # inches of one drawing
+_READABLE = 5  # points of a font
 _STYLE = {
     "font.size": 9,
     "text.color": _INK,
@@ -280,12 +281,14 @@ def _width(drawing: Bars | Spread) -> float:
 
 
 def _draw_bars(bars: Bars, axes: Any) -> int:
-    """Bars of a group side by side, each with its value; returns the number of labels."""
+    """Bars of a group side by side, with their values where there is room to read them; returns the
+    number of labels."""
     groups = set().union(*bars.values.values())
     size = min(8.5, 60 / (len(groups) * len(bars.values)))
     for colour, label, places, values in _side_by_side(bars, axes):
         boxes = axes.bar(places, values, 0.92 * _width(bars), label=label, color=colour)
-        axes.bar_label(boxes, [short(v, 3) for v in values], padding=2, fontsize=size)
+        if size >= _READABLE:
+            axes.bar_label(boxes, [short(v, 3) for v in values], padding=2, fontsize=size)
     return len(bars.values)
 
 

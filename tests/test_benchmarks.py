@@ -439,6 +439,8 @@ def test_gpu_campaign_dry_run(tmp_path):
     assert "== tests: exit code 0" in done.stdout and "FAILED" not in done.stdout
     for task in studies.STUDIES:
         assert f"== study-{task}: exit code 0" in done.stdout
+    (path,) = tmp_path.glob("timeline-tiny-*.json")
+    assert len(Results.load(path).timelines) == 4
     (path,) = tmp_path.glob("gpu-dry-run-*.json")
     results = Results.load(path)
     assert {row.room for row in results.rows} == {*ROOMS, "reward_step", "policy_step"}
