@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -28,8 +28,14 @@ def page(results: Sequence[Results], pictures: Sequence[Picture], studies: Seque
         ("", _picture(first) if first else ""),
         ("Every bar", "".join(_bars(results, studies))),
         ("Table 1 of arXiv 2403.10704, and ours", table(_targets.papers_table(results))),
-        ("How cost grows", "".join(map(_growth, results))),
-        ("Memory over a step: the peaks, in MiB", "".join(map(_timeline, results))),
+        (
+            "How cost grows",
+            _by_machine([r for r in results if r.name == growth.NAME], growth.table),
+        ),
+        (
+            "Memory over a step: the peaks, in MiB",
+            _by_machine([r for r in results if r.timelines], _timelines.table),
+        ),
         ("Figures", "".join(map(_picture, others))),
         *((f"Study: {folder.name}", _study(folder)) for folder in studies),
         ("Not measured", _absent(pictures, studies)),
@@ -72,16 +78,8 @@ def _bars(results: Sequence[Results], studies: Sequence[Path]) -> Iterator[str]:
     yield f"<h3>Compilers of the GPU kernels</h3>{table(_targets.COMPILED)}"
 
 
-def _growth(results: Results) -> str:
-    if results.name != growth.NAME:
-        return ""
-    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(growth.table(results))}"
-
-
-def _timeline(results: Results) -> str:
-    if not results.timelines:
-        return ""
-    return f"<h3>{escape(kind_of(results.machine))}</h3>{table(_timelines.table(results))}"
+def _by_machine(results: Sequence[Results], tell: Callable[[Results], Table]) -> str:
+    return "".join(f"<h3>{escape(kind_of(r.machine))}</h3>{table(tell(r))}" for r in results)
 
 
 def _picture(picture: Picture) -> str:

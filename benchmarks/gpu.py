@@ -157,15 +157,15 @@ def study(task: str, preset: str, folders: list[Path], seconds: float) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "study"
         command = ["perl", "study", task, "--preset", preset, "--out", str(out)]
-        places = [folder / f"study-{task}-{preset}" for folder in folders]
-        return kept(f"study-{task}", command, out, STUDY_FILES, places, folders, seconds)
+        into = f"study-{task}-{preset}"
+        return kept(f"study-{task}", command, out, STUDY_FILES, folders, seconds, into)
 
 
 def timeline(preset: str, folders: list[Path], seconds: float) -> bool:
     """Memory over a training step."""
     with tempfile.TemporaryDirectory() as scratch:
         command = ["benchmarks.timeline", "--preset", preset, "--results", scratch]
-        return kept("timeline", command, Path(scratch), ["*.json"], folders, folders, seconds)
+        return kept("timeline", command, Path(scratch), ["*.json"], folders, seconds)
 
 
 def kept(
@@ -173,18 +173,19 @@ def kept(
     module: list[str],
     out: Path,
     files: Sequence[str],
-    places: list[Path],
     folders: list[Path],
     seconds: float,
+    into: str = "",
 ) -> bool:
-    """`python -m` of a module that fills the folder `out`, whose files go to `places`.
+    """`python -m` of a module that fills the folder `out`, whose files go `into` a part of each of
+    `folders`.
 
     False where it failed. Out of time, what it has done is kept.
     """
     start = time.monotonic()
     good = run(stage, [sys.executable, "-m", *module], folders, seconds)
     for path in itertools.chain.from_iterable(map(out.glob, files)):
-        for place in places:
+        for place in (folder / into for folder in folders):
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
     return good or time.monotonic() - start > seconds

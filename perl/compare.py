@@ -18,12 +18,12 @@ from perl import judge, policies
 from perl.config import CompareConfig, UsageError
 from perl.data import Encoded, read_rows
 from perl.ensemble import WINDOW, Rewards, base_of_reward_model
-from perl.files import GrowingRows, new_file, stamps
+from perl.files import GrowingRows, new_file, settings
 from perl.policies import Answer
 from perl.progress import progress
 from perl.report import write_verdicts
 from perl.reward_sources import open_text_source
-from perl.run import role_folder
+from perl.run import role_weights
 from perl.training import open_backbone
 
 SIDES = ("first", "second")
@@ -43,7 +43,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             config.judge_function, config.judge_timeout, config.batch_size
         )
     source = open_text_source(config, lambda: rows[0]["prompt"])
-    file = GrowingRows(out, settings(config, template), mendable=functions(config))
+    file = GrowingRows(out, depends_on(config, template), mendable=functions(config))
     if not file.folder.exists():
         new_file(page)
     backbone = open_backbone(config)
@@ -96,15 +96,13 @@ def base(config: CompareConfig) -> str:
     return model
 
 
-def settings(config: CompareConfig, template: str) -> dict[str, Any]:
+def depends_on(config: CompareConfig, template: str) -> dict[str, Any]:
     """What the verdicts depend on: flags, and the files of data, functions and models as now."""
-    values = dataclasses.asdict(config) | {"judge_template": template}
-    for name in ("out", "device", "threads", "judge_timeout", "reward_timeout", "reward_retries"):
-        del values[name]
     files = [*policies.files_of(config, (config.first, config.second)), *functions(config)]
     for folder in config.reward_model or []:
-        files += sorted(role_folder(folder, "reward").glob("*.safetensors"))
-    return values | stamps(files)
+        files += role_weights(folder, "reward")
+    patience = ("judge_timeout", "reward_timeout", "reward_retries")
+    return settings(config, files, without=patience) | {"judge_template": template}
 
 
 def functions(config: CompareConfig) -> list[str]:

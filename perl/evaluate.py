@@ -32,7 +32,7 @@ from perl.ensemble import (
     load_reward_models,
     score_rewards,
 )
-from perl.files import GrowingRows, empty_folder, new_file, stamps, write_rows
+from perl.files import GrowingRows, empty_folder, new_file, settings, write_rows
 from perl.progress import progress
 from perl.report import text_table
 from perl.reward import figures_of_scores, sequences
@@ -176,7 +176,9 @@ def generate(config: GenerateConfig) -> None:
         rows = read_rows(config.data).first(config.rows)
     policies.want_prompts(config, rows)
     names = [config.policy or policies.BASE]
-    file = GrowingRows(config.out, _settings(config, names)) if config.out else None
+    file = None
+    if config.out:
+        file = GrowingRows(config.out, settings(config, policies.files_of(config, names)))
     backbone = open_backbone(config)
     prompts = policies.encode(config, backbone, rows)
     (policy,) = policies.open_policies(config, backbone, names, prompts)
@@ -204,14 +206,6 @@ def generate(config: GenerateConfig) -> None:
     else:
         ((row,),) = answered(0)
         print(config.prompt + row["completion"])
-
-
-def _settings(config: GenerateConfig, names: Sequence[str]) -> dict[str, Any]:
-    """What answers depend on: flags, and the files of rows and weights as now."""
-    values = dataclasses.asdict(config)
-    for name in ("out", "device", "threads"):
-        del values[name]
-    return values | stamps(policies.files_of(config, names))
 
 
 # ---------------------------------------------------------------------------------------------

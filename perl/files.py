@@ -10,6 +10,7 @@ Run folders, which grow in many files, are perl/run.py's.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from perl.config import Unfinished, UsageError
+from perl.config import Config, Unfinished, UsageError
 from perl.run import Interrupted
 
 
@@ -50,10 +51,19 @@ def is_taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
-def stamps(paths: Iterable[str | Path]) -> dict[str, list[int]]:
-    """Size and time of change of each file: what settles that it is the one that it was."""
-    found = {str(path): os.stat(path) for path in paths}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+def settings(
+    config: Config, files: Iterable[str | Path], without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the rows of a command depend on, for `GrowingRows`: its flags and the files as now.
+
+    without: flags, beside --out and where it runs, that change no row. A file's size and time of
+    change settle that it is the one that it was.
+    """
+    values = dataclasses.asdict(config)
+    for name in ("out", "device", "threads", *without):
+        del values[name]
+    found = {str(path): os.stat(path) for path in files}
+    return values | {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from perl.ensemble import Rewards, check_finite, combine, load_reward_models, sc
 from perl.progress import progress
 from perl.reward_sources import TextSource, reencode
 from perl.rollout import generate
-from perl.run import derived_seed, role_folder
+from perl.run import derived_seed, role_folder, role_weights
 from perl.training import by_length, learned_log_prob
 
 BASE = "base"
@@ -135,7 +135,7 @@ def files_of(config: GenerateConfig | CompareConfig, names: Sequence[str]) -> li
         if Path(name).is_file():
             files.append(Path(name))
         elif name != BASE:
-            files += sorted(role_folder(name, "policy").glob("*.safetensors"))
+            files += role_weights(name, "policy")
     return files
 
 

@@ -359,6 +359,11 @@ def role_folder(path: str | Path, role: str) -> Path:
     return path
 
 
+def role_weights(path: str | Path, role: str) -> list[Path]:
+    """The files of a role's weights; `path` is as of `role_folder`."""
+    return sorted(role_folder(path, role).glob("*.safetensors"))
+
+
 # ---------------------------------------------------------------------------------------------
 # Random state
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from perl.ensemble import (
     load_reward_models,
     score_window,
 )
-from perl.files import GrowingRows, new_file, stamps
+from perl.files import GrowingRows, new_file, settings
 from perl.progress import progress
 from perl.reward import sequences
-from perl.run import role_folder
+from perl.run import role_weights
 from perl.training import length_limit, open_backbone
 
 KINDS = ["completion", "pairwise", "pointwise", "messages"]
@@ -44,7 +43,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     config = dataclasses.replace(
         config, model=config.model or base_of_reward_model(config.reward_model[0])
     )
-    file = GrowingRows(out, settings(config))
+    weights = [path for folder in config.reward_model for path in role_weights(folder, "reward")]
+    file = GrowingRows(out, settings(config, [config.data, *weights]))
     backbone = open_backbone(config)
     roles = load_reward_models(backbone, config.reward_model)
     examples = encode(config, backbone, rows, kind)
@@ -81,17 +81,6 @@ def new_columns(config: ScoreConfig, rows: Rows, kind: str) -> list[str]:
         if there := [name for name in columns if name in row]:
             raise UsageError(f"{place}: column {there[0]} is there already; give another --column")
     return columns
-
-
-def settings(config: ScoreConfig) -> dict[str, Any]:
-    """What the scores depend on: flags, and the files of data and reward models as they are."""
-    values = dataclasses.asdict(config)
-    for name in ("out", "device", "threads"):
-        del values[name]
-    files = [Path(config.data)]
-    for folder in config.reward_model:
-        files += sorted(role_folder(folder, "reward").glob("*.safetensors"))
-    return values | stamps(files)
 
 
 def encode(config: ScoreConfig, backbone: Backbone, rows: Rows, kind: str) -> Encoded:
