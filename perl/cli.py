@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import io
 import json
 import os
 import sys
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a table's bars, where the terminal has none
+        sys.stdout.reconfigure(errors="backslashreplace")
+    config = None
     try:
         flags = vars(build_parser().parse_args(argv))
         name = flags.pop("command")
@@ -137,8 +141,8 @@ def _speaks() -> bool:
     return distributed.first_to_fail()
 
 
-def _report(config: cfg.Config) -> None:
-    """report.html of a training, also of one that was stopped; quiet for other commands."""
+def _report(config: cfg.Config | None) -> None:
+    """report.html of a training, also of one that was stopped; quiet for what is none."""
     if isinstance(config, cfg.TrainConfig):
         from perl.report import try_run_report
 

@@ -689,7 +689,12 @@ def load_files(
             "file, or to none"
         )
     examples = _together(files, load)
-    return examples, _together([(validation, None)], load) if validation else None
+    if not validation:
+        return examples, None
+    held_out = _together([(validation, None)], load)
+    if Path(validation).resolve() in {Path(path).resolve() for path, _ in files}:
+        held_out.notes.append(f"{validation} is a training file too: nothing in it is held out")
+    return examples, held_out
 
 
 def _together(files: Sequence[tuple[str, float | None]], load: Callable[[str], Encoded]) -> Encoded:

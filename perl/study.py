@@ -218,7 +218,10 @@ class Study(ABC):
             ) from None
         print(self.text())
         if drawings := self.drawings():
-            write_figure(self.out / "figure.svg", drawings)
+            try:
+                write_figure(self.out / "figure.svg", drawings)
+            except UsageError as error:  # the tables are there, and an hour's work
+                print(f"no figure.svg: {error}, then --resume draws it", file=sys.stderr)
 
     def perform(self) -> None:
         """Runs every job that is not done, the order being that of the module's description."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -238,3 +239,12 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_line(command, tmp_path, cap
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: the disk refuses {tmp_path}/file/new")
     assert last.endswith(": Not a directory")
+
+
+def test_a_terminal_that_lacks_a_letter_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Grüße"}\n', encoding="utf-8")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert cli.main(["data", str(tmp_path / "rows.jsonl")]) == 0
+    sys.stdout.flush()
+    assert b'{"prompt": "Gr\\xfc\\xdfe"}' in printed.getvalue()

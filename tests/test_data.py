@@ -421,6 +421,14 @@ def test_files_that_do_not_go_together_are_refused(words, message):
     assert message in refusal(data.load_files, words, None, None)
 
 
+def test_a_training_file_as_held_out_rows_is_said(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    _, held_out = data.load_files([f"{path}=1", "b=1"], str(path), lambda path: data.Encoded())
+    assert held_out.notes == [f"{path} is a training file too: nothing in it is held out"]
+    _, held_out = data.load_files(["b"], str(path), lambda path: data.Encoded())
+    assert held_out.notes == []
+
+
 def test_a_file_name_may_hold_an_equals_sign(tmp_path):
     file = write(tmp_path / "lr=3.jsonl", PAIR)
     seen = []

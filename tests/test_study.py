@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -159,6 +160,13 @@ def test_tables_bars_and_figure(tmp_path, alone, pretended, capsys):
     style = next(node.text for node in drawn.iter() if node.tag.endswith("style"))
     assert "prefers-color-scheme: dark" in style
     assert "#1f6feb" not in ElementTree.tostring(drawn, "unicode").replace(style, "")
+
+
+def test_without_matplotlib_the_tables_are_there(tmp_path, alone, pretended, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    studies.run(config(tmp_path))
+    assert "pip install matplotlib, then --resume draws it" in capsys.readouterr().err
+    assert (tmp_path / "study/table.md").exists() and not (tmp_path / "study/figure.svg").exists()
 
 
 def test_without_real_rows_it_says_so_and_with_them_every_task_is_there(

@@ -9,6 +9,7 @@ import pytest
 from _tiny import save_tiny
 
 from perl import cli, sweep
+from perl.commands import words
 from perl.config import RewardConfig, UsageError
 from perl.run import Interrupted
 
@@ -138,6 +139,12 @@ def test_a_stopped_or_failed_run_ends_the_sweep(flags, monkeypatch, tmp_path, co
     with pytest.raises(error, match=words):
         sweep.run("reward", RewardConfig, flags | {"sweep": ["lr=0.1"]})
     assert json.loads((tmp_path / "sweep/sweep.json").read_text())["runs"] == {}
+
+
+def test_ctrl_c_in_a_sweep_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_train", lambda *_: (_ for _ in ()).throw(Interrupted("go on so")))
+    assert cli.main([*words("reward", **flags), "--sweep", "lr=0.1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped: go on so"
 
 
 def test_everything_is_checked_before_the_first_run(flags, started):
