@@ -1,6 +1,6 @@
 """A reward server for `--reward-url`, with nothing but the standard library.
 
-python docs/reward_server.py 8000
+python docs/reward_server.py [PORT, 8000]
 python -m perl reinforce --reward-url http://127.0.0.1:8000/ ...
 """
 
@@ -27,4 +27,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

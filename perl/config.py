@@ -199,8 +199,8 @@ def _reward_timeout() -> Any:
         unit="seconds",
         above=0,
         resumable=True,
-        help="how long a reward function, or one request to --reward-url, may take (default "
-        f"{TIMEOUT:g})",
+        help="how long a reward function, or one request to --reward-url, may take; default "
+        f"{TIMEOUT:g}",
     )
 
 
@@ -707,8 +707,8 @@ class CompareConfig(ModelConfig):
         None,
         unit="seconds",
         above=0,
-        help="how long the --judge-function may take for --batch-size prompts (default "
-        f"{TIMEOUT:g})",
+        help="how long the --judge-function may take for --batch-size prompts; default "
+        f"{TIMEOUT:g}",
     )
     reward_model: list[str] | None = option(
         None,
