@@ -582,6 +582,8 @@ def test_the_limit_of_steps_and_rollouts():
     rollout = make_row(room="rollout", check=_bars.ONE_LENGTH, shape=both, **drawn)
     assert _limits.flops(rollout) == 2 * (2 + 3) * 34 + 2 * 2**2 * 2 + 2 * 3 * 2 * 5
     assert _limits.least_bytes(rollout) == 4 * (34 + 2 * 5) * 3
+    ending = make_row(room="rollout", check=_bars.ENDING, shape=both, **drawn)
+    assert _limits.flops(ending) == 2 * (8 + 3) * 34 + 2 * 4 * 2**2 * 2 + 2 * 3 * 2 * 5
     product = [["fp32 product of 8²", "FLOP/s", 1e3]]
     assert _limits.share_of_limit(rollout, product) == _limits.flops(rollout) / 1e3 / 2e-3
 
