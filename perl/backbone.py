@@ -665,13 +665,15 @@ def _from_pretrained(kind: Any, source: str, dtype: torch.dtype | None = None) -
     products depend on alignment in the last bit.
     """
     transformers.utils.logging.disable_progress_bar()
-    kwargs: dict[str, Any] = {"local_files_only": Path(source).is_dir()}
+    local = Path(source).is_dir()
+    kwargs: dict[str, Any] = {"local_files_only": local}
+    where = source if local else f"{source} (no folder here, so taken for a name on the hub)"
     if kind in (AutoTokenizer, AutoConfig):
         what = "tokenizer" if kind is AutoTokenizer else "model config"
         try:
             return kind.from_pretrained(source, **kwargs)
         except Exception as error:
-            raise UsageError(f"no {what} in {source}: {_first_line(error)}") from error
+            raise UsageError(f"no {what} in {where}: {_first_line(error)}") from error
     if kind is AutoModelForSequenceClassification:
         kwargs["num_labels"] = 1
     try:
@@ -679,7 +681,7 @@ def _from_pretrained(kind: Any, source: str, dtype: torch.dtype | None = None) -
             source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **kwargs
         )
     except Exception as error:
-        raise UsageError(f"cannot load model {source}: {_first_line(error)}") from error
+        raise UsageError(f"cannot load model {where}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UsageError(f"the weights in {source} lack {missing[0]} ({len(missing)} in all)")
     for parameter in model.parameters():
@@ -688,7 +690,10 @@ def _from_pretrained(kind: Any, source: str, dtype: torch.dtype | None = None) -
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The whole where the first line only announces the others."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0].rstrip()
+    return " ".join(text.split()) if first.endswith(":") else first
 
 
 def _check_tokenizer(tokenizer: Any, model: nn.Module, name: str) -> None:

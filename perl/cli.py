@@ -2,8 +2,8 @@
 
 Exit codes: 0 done · 2 bad input (one line on stderr, nothing written) · 3 stopped on a loss that
 is not finite, or a policy that diverges · 4 stopped by a source of rewards or verdicts that failed,
-with what was done kept · 130 stopped by Ctrl-C, likewise. torch and transformers are imported only
-after the arguments are parsed.
+or by a full disk, with what was done kept · 130 stopped by Ctrl-C, likewise. torch and transformers
+are imported only after the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -118,10 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:
+    except Exception as error:
+        trouble = cfg.disk_trouble(error)
         if _speaks():
-            raise
-        return 1
+            if trouble is None:
+                raise
+            print(f"error: {trouble}", file=sys.stderr)
+        return 1 if trouble is None else 2
     return 0
 
 

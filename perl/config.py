@@ -9,10 +9,12 @@ here: `--help` is instant.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import operator
 import os
+import re
 import types
 import typing
 import urllib.parse
@@ -41,6 +43,27 @@ class Unfinished(Stopped):
     """Work that cannot go on; the message says why, what of it is kept, and how to go on."""
 
     exit_code = 4
+
+
+_DISK = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR")
+    if hasattr(errno, name)
+}
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What a disk refused, for one line: room, the right to write; None for any other error.
+
+    Rust's libraries (safetensors, tokenizers) tell the number in their text alone.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number not in _DISK:
+        return None
+    name = getattr(error, "filename", None)
+    return f"the disk refuses {name or 'what is written'}: {os.strerror(number)}"
 
 
 def option(
@@ -113,6 +136,10 @@ def refuse_unused(config: Config, names: Sequence[str], what_for: str) -> None:
         raise UsageError(f"{flags[0]} is for {what_for}; leave it out")
 
 
+def _seed(of: str) -> Any:
+    return option(0, at_least=0, at_most=2**63 - 1, help=f"seed of {of}")
+
+
 @dataclass(kw_only=True)
 class ModelConfig(Config):
     """Which model, and where it runs."""
@@ -130,7 +157,7 @@ class ModelConfig(Config):
         resumable=True,
         help="CPU threads; 0 leaves the choice to torch",
     )
-    seed: int = option(0, at_least=0, help="seed of initial weights, data order, dropout, sampling")
+    seed: int = _seed("initial weights, data order, dropout, sampling")
 
 
 def _base_model() -> Any:
@@ -856,7 +883,7 @@ class DataConfig(Config):
     )
     rows: int = option(2, unit="rows", at_least=0, help="rows to show")
     out: str | None = option(None, help="write the rows here as JSONL; for cafe, the folder")
-    seed: int = option(0, at_least=0, help="seed of the embedded world")
+    seed: int = _seed("the embedded world")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -915,7 +942,7 @@ class DemoConfig(Config):
     """SFT, reward model and REINFORCE on the embedded world, LoRA beside full tuning."""
 
     out: str = option("runs/demo", help="folder of the demo's runs and report")
-    seed: int = option(0, at_least=0, help="seed of the world, the models and the sampling")
+    seed: int = _seed("the world, the models and the sampling")
     threads: int = option(
         1, unit="threads", at_least=1, help="CPU threads of each process; two run at a time"
     )
@@ -1095,13 +1122,19 @@ def read_toml(path: str | os.PathLike, cls: type) -> dict[str, Any]:
 
 
 def write_toml(config: Config, path: str | os.PathLike) -> None:
-    """Writes every field but `resume` and those that are None, in the order of the class."""
+    """Writes every field but `resume` and those that are None, in the order of the class.
+
+    A file that is there is replaced by a whole one: on a full disk a run keeps its old one.
+    """
+    path = Path(path)
     lines = [
         f"{f.name} = {_toml(getattr(config, f.name))}"
         for f in dataclasses.fields(config)
         if f.name != "resume" and getattr(config, f.name) is not None
     ]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _load_resumed(cls: type, flags: dict[str, Any], config_file: str | None) -> Any:

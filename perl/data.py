@@ -103,8 +103,8 @@ def _read_json(text: str, path: Path) -> tuple[list[dict], list[str]]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise UsageError(
-                    f"{path}:{number}: bad JSON: {error.msg} (column {error.colno}); "
-                    "mend or remove the line"
+                    f"{path}:{number}: bad JSON: {error.msg} (column {error.colno}); want one "
+                    "JSON object on each line, or one list: mend or remove the line"
                 ) from None
             places.append(f"{path}:{number}")
     for row, place in zip(rows, places, strict=True):

@@ -218,6 +218,7 @@ def describe(config: DataConfig) -> None:
         _write_cafe(config)
         return
     out = new_file(config.out) if config.out else None
+    unit, length = _ruler(config.model)
     rows = read_rows(config.path, config.format)
     kind = row_kind(rows)
     columns = columns_of(rows, kind)
@@ -227,7 +228,6 @@ def describe(config: DataConfig) -> None:
     extra = sorted(set().union(*rows) - set(columns))
     if extra:
         print("other columns, ignored: " + ", ".join(extra))
-    unit, length = _ruler(config.model)
     for column in columns:
         if column in ("label", "margin"):
             counts = Counter(float(row[column]) for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if config.form == "adapter" and Path(base).is_dir() and not is_model(base):
         raise UsageError(
             f"the base of {folder} is {base}, a run or adapter itself, which PEFT cannot load: "
-            f"`python -m perl export --model {base} --out BASE` first, then give --base BASE"
+            f"`python -m perl export --model {shlex.quote(base)} --out BASE` first, then give "
+            "--base BASE"
         )
     backbone = open_backbone(dataclasses.replace(config, model=base))
     backbone.load_role("exported", folder)
@@ -48,7 +50,7 @@ def trained_adapter(path: str | Path) -> Path:
     """The adapter of a run (its policy or reward model), or the adapter folder itself."""
     folder = Path(path)
     found = [folder / role for role in ("policy", "reward") if (folder / role).is_dir()]
-    folder = found[0] if found else role_folder(folder, "policy or reward model")
+    folder = found[0] if found else role_folder(folder, "policy or reward")
     if is_adapter(folder):
         return folder
     if is_model(folder):

@@ -16,11 +16,11 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from perl.config import Config, Unfinished, UsageError
+from perl.config import Config, Unfinished, UsageError, disk_trouble
 from perl.run import Interrupted
 
 
@@ -35,7 +35,12 @@ def new_file(path: str | Path) -> Path:
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """One JSON line for each row; folders above are made."""
     _make(path.parent)
-    path.write_text("".join(map(_line, rows)), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def empty_folder(path: str | Path) -> Path:
@@ -85,8 +90,8 @@ class GrowingRows:
     settings: JSON values that the rows depend on. What an earlier, killed command with the same
     settings left is kept: `count` is the number of rows there, to go on from. Other settings are
     refused by name, but for `mendable` ones: that they changed is said. Nothing is written before
-    the `with`. Ctrl-C and UsageErrors that leave it become Interrupted and Unfinished, which say
-    what is kept, where there is anything.
+    the `with`. Where rows are kept, Ctrl-C that leaves it becomes Interrupted, and a UsageError or
+    a disk's refusal becomes Unfinished; both say so.
     """
 
     def __init__(
@@ -128,7 +133,8 @@ class GrowingRows:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # `append` flushes: only rows that found no room are left
+            self._file.close()
         if not self.count:
             shutil.rmtree(self.folder)
             return
@@ -137,6 +143,8 @@ class GrowingRows:
             raise Interrupted(kept) from None
         if isinstance(error, UsageError):
             raise Unfinished(f"{error}; {kept}") from error
+        if trouble := disk_trouble(error):
+            raise Unfinished(f"{trouble}; mend that: {kept}") from error
 
     def append(self, rows: Sequence[dict]) -> None:
         self._file.write("".join(map(_line, rows)).encode())

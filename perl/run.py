@@ -31,10 +31,12 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from perl import distributed
-from perl.config import Stopped, TrainConfig, UsageError, write_toml
+from perl.config import (
+    Stopped,
+    TrainConfig,
+    Unfinished,
+    UsageError,
+    disk_trouble,
+    write_toml,
+)
 from perl.progress import progress
 
 
@@ -144,15 +153,15 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make --out {self.folder}: {error.strerror}") from None
+        for stale in (self.folder / "checkpoints").glob(".*"):  # first, as they make room
+            shutil.rmtree(stale)
         write_toml(self.config, self.folder / "config.toml")
         for name in ("metrics.jsonl", "samples.jsonl"):  # without a checkpoint, step 0 goes too
             _cut_behind(self.folder / name, self.step or -1)
-        for stale in (self.folder / "checkpoints").glob(".*"):
-            shutil.rmtree(stale)
         if self.config.tensorboard:
             self._events = _summary_writer()(str(self.folder), purge_step=self.step + 1)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if self._bar is not None:
@@ -160,8 +169,13 @@ class Run:
         if self._events is not None:
             self._events.close()
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # lines are flushed one by one: one that found no room is left
+                file.close()
         self._files.clear()
+        if trouble := disk_trouble(error):
+            raise Unfinished(
+                f"{trouble}; {self.kept}; mend that, then go on with: {self.resume_command}"
+            ) from error
 
     def steps(self, total: int, description: str) -> Iterator[int]:
         """Step numbers after the one resumed from, up to `total`, behind a progress bar.
@@ -208,7 +222,8 @@ class Run:
     @property
     def resume_command(self) -> str:
         command = type(self.config).__name__.removesuffix("Config").lower()
-        return f"{distributed.launcher()} -m perl {command} --out {self.folder} --resume"
+        folder = shlex.quote(str(self.folder))
+        return f"{distributed.launcher()} -m perl {command} --out {folder} --resume"
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         if self.interrupted:

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import sys
@@ -215,10 +216,9 @@ class Study(ABC):
         try:
             self.perform()
         except KeyboardInterrupt:
-            later = "" if self.config.cost else " --no-cost"
+            later, out = "" if self.config.cost else " --no-cost", shlex.quote(str(self.out))
             raise Interrupted(
-                f"go on with: python -m perl study {self.config.task} --out {self.config.out} "
-                f"--resume{later}"
+                f"go on with: python -m perl study {self.config.task} --out {out} --resume{later}"
             ) from None
         print(self.text())
         if drawings := self.drawings():

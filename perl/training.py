@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -38,10 +39,8 @@ def open_backbone(config: ModelConfig, **keywords: Any) -> Backbone:
             f"--device is {config.device} but torch {torch.__version__} sees no GPU; "
             "give cpu, or install a CUDA build of torch"
         )
-    try:
-        torch.device("cpu" if config.device == "auto" else config.device)
-    except RuntimeError:
-        raise UsageError(f"--device is {config.device!r}; want auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise UsageError(f"--device is {config.device!r}; want auto, cpu, cuda or cuda:N")
     device = distributed.start(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -398,7 +398,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
 # ------------------------------------------------------------------------------------ refusals
 
 
-def test_models_that_are_not_there_are_refused(tmp_path):
+def test_models_that_are_not_there_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no model folder"):
         Backbone.load(tmp_path / "absent")
     with pytest.raises(UsageError, match="no config.json"):
@@ -407,6 +407,15 @@ def test_models_that_are_not_there_are_refused(tmp_path):
         make().load_role("reward", tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(UsageError, match="cannot load model"):
+        Backbone.load(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="runs/abzent .no folder here, so taken for a name on the"):
+        Backbone.load("runs/abzent")
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_words(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no tokenizer in .*: .*sentencepiece"):
         Backbone.load(tmp_path)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from perl import cli
 from perl import config as cfg
+from perl.cafe import World
 from perl.config import RewardConfig, UsageError
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -122,6 +123,7 @@ def test_learning_rate_follows_tuning_unless_given(tuning, lr):
     "argv, words",
     [
         (["--lora-rank", "0"], "--lora-rank is 0; want at least 1"),
+        (["--seed", str(2**63)], f"--seed is {2**63}; want at most {2**63 - 1}"),
         (["--dtype", "float8"], "--dtype is 'float8'; want one of float32, bfloat16"),
         (["--lr", "0"], "--lr is 0.0; want above 0"),
         (["--lr", "nan"], "--lr is nan; want a finite number"),
@@ -223,3 +225,16 @@ def test_errors_leave_by_stderr_and_exit_code_2(tmp_path, capsys):
     assert captured.out == ""
     assert captured.err == "error: --lora-rank is 0; want at least 1\n"
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["data", "cafe"], ["study", "reward", "--preset", "tiny"], ["demo", "--quick"]],
+)
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("perl.cafe.build_world", lambda *_, **__: World(*[[]] * 6))
+    (tmp_path / "file").touch()
+    assert cli.main([*command, "--out", str(tmp_path / "file" / "new")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: the disk refuses {tmp_path}/file/new")
+    assert last.endswith(": Not a directory")

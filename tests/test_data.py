@@ -90,6 +90,8 @@ def test_bad_files_are_refused_with_the_line(tmp_path):
     good = json.dumps(PAIR)
     bad = write(tmp_path / "b.jsonl", text=f'{good}\n\n{{"prompt": "x",}}\n{good}\n')
     assert f"{bad}:3: bad JSON" in refusal(read, bad)
+    table = write(tmp_path / "t.csv", text="prompt,completion\nhi,there\n")
+    assert "want one JSON object on each line" in refusal(read, table)
     assert "c.json:2: bad JSON" in refusal(read, write(tmp_path / "c.json", text='[\n{"a": }]'))
     number = write(tmp_path / "n.jsonl", text=f"{good}\n7\n")
     assert f"{number}:2: int where an object" in refusal(read, number)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import math
 import mmap
 import os
 import random
+import shlex
 import signal
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from perl.config import RewardConfig, UsageError
+from perl.config import RewardConfig, Unfinished, UsageError
 from perl.memory import PeakMemory, in_use
 from perl.optimizer import Optimizer
 from perl.run import (
@@ -112,6 +115,44 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path):
         assert run.latest_checkpoint().step == 1
     with make(run.folder, resume=True) as again:
         assert again.step == 1 and names(again) == ["step-1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        Exception("I/O error: No space left on device (os error 28)"),  # as Rust's libraries say it
+    ],
+)
+def test_a_full_disk_is_told_with_what_is_kept(tmp_path, error):
+    with pytest.raises(Unfinished) as caught, make(tmp_path / "a run") as run:
+        run.save_checkpoint(1, {}, {})
+        raise error
+    said = str(caught.value)
+    assert "No space left on device" in said and str(run.folder / "checkpoints/step-1") in said
+    assert f"reward --out {shlex.quote(str(run.folder))} --resume" in said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_line_that_found_no_room_does_not_hide_why(tmp_path):
+    with pytest.raises(Unfinished, match="No space left on device"), make(tmp_path / "run") as run:
+        run._files["metrics.jsonl"] = open("/dev/full", "a")
+        run.log(1, loss=1)
+
+
+def test_a_full_disk_leaves_the_config_of_a_run_that_is_resumed(tmp_path, monkeypatch):
+    with make(tmp_path / "run") as run:
+        pass
+    before = (run.folder / "config.toml").read_text()
+
+    def full(path, *_, **__):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "write_text", full)
+        make(run.folder, resume=True).__enter__()
+    assert (run.folder / "config.toml").read_text() == before
 
 
 def test_resume_cuts_lines_behind_the_checkpoint_and_torn_ones(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -17,9 +18,9 @@ from _tiny import save_tiny
 from safetensors.torch import load_file, save_file
 
 from perl import cli, score
-from perl.config import UsageError
+from perl.config import Unfinished, UsageError
 from perl.data import read_rows
-from perl.files import GrowingRows, new_folder
+from perl.files import GrowingRows, new_folder, write_rows
 
 REPO = Path(__file__).parent.parent
 # Lengths out of order, so that batches by length are not the file's order; one answer is empty.
@@ -224,6 +225,28 @@ def test_a_score_that_is_not_finite_names_its_row(files, tmp_path, capsys):
 def test_growing_rows_write_nothing_before_they_are_entered(tmp_path):
     GrowingRows(tmp_path / "a" / "out.jsonl", {"x": 1})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_rows_on_a_full_disk_are_kept_and_told(tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(Unfinished, match="No space left on device; mend that: 2 rows are in"):
+        with GrowingRows(out, {"x": 1}) as file:
+            file.append([{"a": 1}, {"a": 2}])
+            file._file.close()
+            file._file = open("/dev/full", "ab")
+            file.append([{"a": 3}])
+    assert GrowingRows(out, {"x": 1}).count == 2
+
+
+def test_rows_written_at_once_are_whole_or_absent(tmp_path, monkeypatch):
+    out = tmp_path / "a" / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        write_rows(out, [{"a": 1}])
+    assert not list(out.parent.iterdir())
+    write_rows(out, [{"a": 1}])
+    assert [path.read_text() for path in out.parent.iterdir()] == ['{"a": 1}\n']
 
 
 def test_a_new_folder_is_whole_or_absent(tmp_path):

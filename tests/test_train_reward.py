@@ -526,6 +526,7 @@ def refused(capsys, argv: list[str]) -> str:
         (["--lora-rank", "0"], "--lora-rank is 0; want at least 1"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--device", "tpu9"], "--device is 'tpu9'"),
+        (["--device", "mps"], "--device is 'mps'"),
         (["--max-tokens", "65"], "the model's context is 64 tokens"),
         (["--max-tokens", "4"], "but at most 4 fit"),
         (["--balance-labels"], "--balance-labels is for"),
