@@ -363,7 +363,7 @@ def _draw_scaling(found: list[dict], figure: Any) -> None:
             axes.set(xscale="log", yscale="log", ylabel=unit, title=f"{cost} over {curve['title']}")
             sizes = sorted({n for line in curve[cost].values() for n in line["sizes"]})
             told = [f"{n / 1e6:.3g} M" if n >= 1e6 else f"{n:,.0f}" for n in sizes]
-            axes.set_xticks(sizes, told)
+            axes.set_xticks(sizes, told, fontsize=8)
             axes.minorticks_off()
             _plain(axes.yaxis, (1.0, 2.0, 5.0))
             axes.grid(which="major")
@@ -376,7 +376,7 @@ def _plain(axis: Any, subs: tuple[float, ...] = (1.0,)) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(lambda x, place: f"{x:,.0f}" if x >= 1 else f"{x:g}")
+    axis.set_major_formatter(lambda x, place: f"{x:,.0f}" if x >= 1000 else f"{x:.3g}")
     axis.set_minor_formatter(NullFormatter())
 
 

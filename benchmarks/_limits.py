@@ -9,24 +9,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks._bars import PROJECTIONS, TRAIN
+from benchmarks._bars import ONE_LENGTH, PROJECTIONS, TRAIN
 from benchmarks._results import Row
 
 Ceilings = Sequence[Sequence]  # (name, unit, value); a product's name begins with its dtype
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 
 
+# Of a training step: how often all tokens go through the products of the decoder, forward or to dx,
+# how often through as many products as causal attention has in a forward pass, and answers' tokens
+# through the head.
+PASSES = {
+    "reward_step": (2, 3, 0),
+    # sampling, reward and anchor, forward; value and policy, forward and backward
+    "policy_step": (7, 9, 4),
+}
+
+
 def flops(row: Row) -> float | None:
-    """That no method can avoid."""
+    """That no method can avoid; adapters are small and not counted in a whole model's."""
     rate = row.measures.get("flop_per_s")
-    return None if rate is None else rate * row.median_s
+    if rate is not None:
+        return rate * row.median_s
+    s = row.shape
+    if row.room in PASSES:
+        products, attention, head = PASSES[row.room]
+        new = s["T"] if "P" in s else 0  # tokens of an answer
+        length = s.get("P", 0) + s["T"]
+        tokens, drawn, squares = s["B"] * length, s["B"] * new, s["B"] * length**2
+    elif row.room == "rollout":
+        products = attention = head = 1
+        drawn = row.measures["tokens"]
+        prompts = s["B"] if row.check == ONE_LENGTH else 4 * s["B"]
+        tokens, squares = prompts * s["P"] + drawn, prompts * s["P"] ** 2
+    else:
+        return None
+    return (
+        2.0 * products * tokens * _decoder(s)
+        + 2.0 * attention * squares * s["H"] * s["L"]
+        + 2.0 * head * drawn * s["H"] * s["V"]
+    )
+
+
+def _decoder(s: dict[str, int]) -> int:
+    """Elements of a Llama's weights, embeddings and head left out."""
+    return s["L"] * (4 * s["H"] ** 2 + 3 * s["H"] * s["F"])
 
 
 def least_bytes(row: Row) -> float | None:
-    """Every input read and every output written once, forward and backward; adapters are small and
-    not counted. None for what is more than one op."""
+    """Every input read and every output written once, forward and backward, and all weights for
+    each token that B rows draw; adapters are small and not counted. None for a training step."""
     if "byte_per_s" in row.measures:
         return row.measures["byte_per_s"] * row.median_s
+    if row.room == "rollout":
+        weights = _decoder(row.shape) + row.shape["H"] * row.shape["V"]
+        return float(weights * WIDTH[row.dtype] * row.measures["tokens"] / row.shape["B"])
     n, d, o, h, v, f = (row.shape.get(letter, 0) for letter in "NDOHVF")
     o *= 3 if row.check == PROJECTIONS else 1
     elements = {

@@ -50,6 +50,14 @@ Run = Callable[[], Sequence[Tensor]]
 Stopwatch = Callable[[Callable, Callable, int], list[float]]
 
 
+def peer_of(contestant: str) -> str | None:
+    """The key of PEERS that a contestant belongs to; None for one that is always there."""
+    if "compiled" in contestant:
+        return "compile"
+    starts = (name for name, start in PEERS.items() if start and contestant.startswith(start))
+    return next(starts, None)
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of a table: what is measured, at which shape."""
@@ -70,10 +78,7 @@ class Case:
 
     def meets(self, contestant: str) -> bool:
         """Whether it is one of the peers that were chosen, or always there."""
-        if "compiled" in contestant:
-            return "compile" in self.against
-        chosen = {start: name in self.against for name, start in PEERS.items() if start}
-        return all(taken for start, taken in chosen.items() if contestant.startswith(start))
+        return peer_of(contestant) in (None, *self.against)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -156,7 +156,8 @@ summary { cursor: pointer; margin: 0.3rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; overflow-wrap: normal; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
-th { white-space: nowrap; } td { min-width: 3.8rem; }
+th { vertical-align: bottom; } td { min-width: 4.2rem; } td:first-child { min-width: 10rem; }
+td:is(.met, .missed, .none) { min-width: 6.5rem; }
 .met { color: var(--met); } .missed { color: var(--missed); } .none { color: var(--none); }
 figure { margin: 1.5rem 0; } figcaption { max-width: 60rem; margin-bottom: 0.5rem; }
 img { max-width: 100%; min-width: 48rem; height: auto; }
@@ -167,7 +168,8 @@ img { max-width: 100%; min-width: 48rem; height: auto; }
 <p>Made from the JSON of benchmarks/results by <code>python -m benchmarks.report --write</code>.
 Ratios are interleaved medians in one process, times of ours over theirs; memory is that of a fresh
 process; errors are against float64. The command that measured a row stands above it, under “Every
-row”.</p>
+row”. A bar on ours/NAME is on the time of ours over NAME's, one on NAME/ours says how many times as
+fast ours is, and the aim is what was hoped for beyond the bar.</p>
 BODY
 </body>
 </html>

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks._bars import BARS, Bar, standing
+from benchmarks._bars import BARS, Bar, in_words, standing
 from benchmarks._results import Results, Row, kind_of, multiplies_bf16
 
 Table = list[list[str]]  # the first row is the header
@@ -155,9 +155,8 @@ def _steps(found: Sequence[Results], room: str) -> list[Row]:
 def _wanted(bar: Bar) -> tuple[str, str, str]:
     where = "".join(f", {letter}{size}" for letter, size in bar.where.items())
     over = "geometric mean" if bar.over == "geomean" else "each shape"
-    sense = "≤" if bar.sense == "<=" else "≥"
     aim = "" if bar.stretch is None else figure(bar, bar.stretch)
-    return f"{bar.what} {sense} {figure(bar, bar.must)}", aim, over + where
+    return in_words(bar.what, bar.sense, figure(bar, bar.must)), aim, over + where
 
 
 def figure(bar: Bar, value: float) -> str:

@@ -6,7 +6,7 @@ to benchmarks/results/ as they come, and into pytest-benchmark's own JSON (--ben
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import ALSO, PRESETS, _limits, _results, peers_of, report
-from benchmarks._measure import ceilings, plain_stopwatch
+from benchmarks._measure import ceilings, peer_of, plain_stopwatch
 from perl.config import BENCH_PEERS
 
 OPEN = pytest.StashKey[dict]()
@@ -55,7 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         options = metafunc.config.option
         found = metafunc.module.cases(options.preset)
         against = [replace(case, against=options.against) for case in found]
-        metafunc.parametrize("case", against, ids=str)
+        none = pytest.mark.skip(f"no case of preset {options.preset} is of this device")
+        metafunc.parametrize("case", against or [pytest.param("none", marks=none)], ids=str)
 
 
 @pytest.fixture
@@ -94,9 +95,27 @@ def record(benchmark: Any, case: Any, request: pytest.FixtureRequest) -> Callabl
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     opened = list(config.stash[OPEN].values())
+    rows = [row for results in opened for row in results.rows]
+    skipped = terminalreporter.stats.get("skipped", ())
     if opened:
         terminalreporter.section("benchmarks")
         terminalreporter.write_line(report.as_text(opened))
+    if left := not_measured(rows, config.option.against, skipped):
+        terminalreporter.section("not measured")
+        terminalreporter.write_line("\n".join(left))
+    if opened:
         terminalreporter.section("kept in")
         for results in opened:
             terminalreporter.write_line(f"{config.option.results / results.stem}.json")
+
+
+def not_measured(
+    rows: Sequence[_results.Row], against: Sequence[str], skipped: Sequence[pytest.TestReport]
+) -> list[str]:
+    """Cases that were skipped, and peers that were asked for and stand in no row; each with why."""
+    left = [f"{one.nodeid}: {one.longrepr[2]}" for one in skipped]
+    if rows:
+        met = {peer_of(name) for row in rows for name in (*row.contestants, *row.missing)}
+        absent = [peer for peer in against if peer not in met]
+        left += [f"{peer}: nothing here compares with it on this device" for peer in absent]
+    return left

@@ -21,11 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT, _targets, _timelines, growth
-from benchmarks._bars import geomeans
+from benchmarks._bars import geomeans, in_words
 from benchmarks._figures import headlines, phases_of, pictures
 from benchmarks._limits import Ceilings, share_of_limit
 from benchmarks._results import CLOCKS, FOLDER, PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import Table
+from perl.drawings import Drawing, is_drawn, write_figure
+from perl.studies import told_by
 
 BLOCK = re.compile(
     r"(?P<open><!-- results:(?P<name>[\w.-]+)(?P<bars> bars)? -->\n)(?P<body>.*?)"
@@ -87,7 +89,7 @@ def limit(bar: dict, value: float | None) -> str:
 
 
 def bar_text(bar: dict) -> str:
-    return f"{bar['what']} {'≤' if bar['sense'] == '<=' else '≥'} {limit(bar, bar['must'])}"
+    return in_words(bar["what"], bar["sense"], limit(bar, bar["must"]))
 
 
 def errors_of(row: Row) -> str:
@@ -389,6 +391,9 @@ def write(folder: Path, papers: Sequence[Path]) -> list[Path]:
     results = every_result(folder)
     found = pictures(results)
     written = [picture.write(folder) for picture in found]
+    for figure, drawings in _figures_of_studies(folder).items():
+        write_figure(figure, drawings)
+        written.append(figure)
     written.append(folder / "report.html")
     written[-1].write_text(_page.page(results, found, studies_of(folder)), encoding="utf-8")
     for paper in papers:
@@ -400,7 +405,15 @@ def stale(folder: Path, papers: Sequence[Path]) -> list[Path]:
     """Which figures of a folder and which papers disagree with its JSON, or are not there."""
     old = [p for p in papers if rewritten(text := p.read_text(), folder) != text]
     drawn = (p for p in pictures(every_result(folder)) if not p.is_drawn_in(folder))
-    return [*old, *(folder / f"{picture.name}.svg" for picture in drawn)]
+    old += (folder / f"{picture.name}.svg" for picture in drawn)
+    shown = _figures_of_studies(folder).items()
+    return [*old, *(figure for figure, drawings in shown if not is_drawn(figure, drawings))]
+
+
+def _figures_of_studies(folder: Path) -> dict[Path, list[Drawing]]:
+    """Where the figure of each study is that has one, and what is drawn there."""
+    found = {one / "figure.svg": told_by(one).drawings() for one in studies_of(folder)}
+    return {figure: drawings for figure, drawings in found.items() if drawings}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -997,7 +997,8 @@ class PlanConfig(Config):
     """Peak memory and step time of trainings, full and with LoRA, from a model's config.json alone.
 
     Memory is counted operation by operation, for batches whose rows are as long as --max-tokens.
-    Times are estimates: they want --machine, --probe, or --device-flops and --device-bandwidth.
+    Times are estimates from what products and copies reach on this device, measured in two seconds;
+    by --machine, or --device-flops and --device-bandwidth, they are what a step takes at best.
     """
 
     model: str = option(
@@ -1007,7 +1008,8 @@ class PlanConfig(Config):
     job: Literal["all", "sft", "reward", "reinforce"] = option("all", help="which trainer")
     dtype: Literal["float32", "bfloat16"] = _as_in(ModelConfig, "dtype")
     device: Literal["cpu", "cuda"] = option(
-        "cpu", help="whose memory: the process's (cpu), or that of torch's allocator (cuda)"
+        "cpu",
+        help="whose memory and speed; of memory the process's (cpu), or torch's allocator's (cuda)",
     )
     lora_rank: int = _as_in(TrainConfig, "lora_rank")
     lora_dropout: float = _as_in(TrainConfig, "lora_dropout")
@@ -1039,11 +1041,16 @@ class PlanConfig(Config):
     machine: Literal["h200", "h100", "a100", "l40s", "l4"] | None = option(
         None, help="peaks of this GPU's data sheet: dense products in 16 bits, and memory"
     )
-    probe: bool = option(False, help="measure the peaks here, for two seconds")
-    device_flops: float | None = option(None, unit="FLOP/s", above=0, help="peak of products")
+    device_flops: float | None = option(
+        None, unit="FLOP/s", above=0, help="peak of products in --dtype"
+    )
     device_bandwidth: float | None = option(None, unit="bytes/s", above=0, help="peak of memory")
-    efficiency: float = option(
-        1.0, above=0, at_most=1, help="share of the peaks that a step is taken to reach"
+    efficiency: float | None = option(
+        None,
+        above=0,
+        at_most=1,
+        help="share of the peaks that a step is taken to reach; not given: what steps on a CPU "
+        "have reached of peaks measured as here, and 1 of others",
     )
     json: bool = option(False, help="one JSON object in place of tables, in bytes and seconds")
 
@@ -1051,15 +1058,18 @@ class PlanConfig(Config):
         super().__post_init__()
         if (self.device_flops is None) != (self.device_bandwidth is None):
             raise UsageError("--device-flops and --device-bandwidth go together; give both")
-        peaks = [self.machine is not None, self.probe, self.device_flops is not None]
-        if sum(peaks) > 1:
+        if self.machine is not None and self.device_flops is not None:
             raise UsageError(
-                "--machine, --probe and --device-flops all say how fast the device is; give one"
+                "--machine and --device-flops both say how fast the device is; give one"
             )
         if self.machine is not None and self.device == "cpu":
             raise UsageError(f"--machine {self.machine} is a GPU; give --device cuda with it")
         if self.checkpoint_activations and self.job in ("sft", "reinforce"):
             raise UsageError(f"--checkpoint-activations is of reward, and --job is {self.job}")
+        if self.max_tokens == 1 and self.job in ("all", "sft"):
+            raise UsageError(
+                "--max-tokens is 1; want at least 2, as sft learns a token from those before it"
+            )
         if self.shard and self.devices == 1:
             raise UsageError("--shard spreads the model over several --devices; give at least 2")
 

@@ -9,6 +9,7 @@ matplotlib a page says how to get the figures, and a figure of its own is refuse
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -27,15 +28,25 @@ from perl.config import UsageError
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing of lines over steps, label -> (steps, values). An empty line keeps its colour.
+    """A drawing of lines over steps, label -> (steps, values). An empty line keeps its colour."""
 
-    over: what stands in the place of steps, where they are none.
+    title: str
+    unit: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """A drawing of paths from one point that come close to each other, label -> (x, y) in order.
+
+    Each has small axes of its own, all of one scale, where the others are faint; a ring is its end.
+    The axes are of what comes after the common start, which the title tells.
     """
 
     title: str
     unit: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    over: str = "step"
+    over: str  # what x is, with its unit
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Spread:
     values: Mapping[str, Mapping[str, Sequence[float]]]
 
 
-Drawing = Panel | Bars | Histogram | Reliability | Spread
+Drawing = Panel | Paths | Bars | Histogram | Reliability | Spread
 
 
 _INK, _FAINT = "#1b2026", "#8b949e"
@@ -186,7 +197,19 @@ def write_figure(path: Path, drawings: Sequence[Drawing], columns: int = 3) -> N
         f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
     )
     head = text.index(">", text.index("<svg")) + 1
-    path.write_text(f"{text[:head]}{style}</style>{text[head:]}", encoding="utf-8")
+    text = f"{text[:head]}{_digest(drawings)}{style}</style>{text[head:]}"
+    path.write_text(text, encoding="utf-8")
+
+
+def is_drawn(path: Path, drawings: Sequence[Drawing]) -> bool:
+    """Whether `write_figure` has written these drawings there."""
+    return path.is_file() and _digest(drawings) in path.read_text(encoding="utf-8")
+
+
+def _digest(drawings: Sequence[Drawing]) -> str:
+    """Of what is drawn, not of the drawing, which differs by matplotlib."""
+    numbers = hashlib.sha256(repr(list(drawings)).encode()).hexdigest()[:16]
+    return f"<desc>numbers {numbers}</desc>"
 
 
 def colours() -> tuple[str, str]:
@@ -207,6 +230,9 @@ def _points(drawing: Drawing) -> list[Any]:
 
 def _draw(drawing: Drawing, figure: Any) -> None:
     """Draws into a matplotlib Figure."""
+    if isinstance(drawing, Paths):
+        _draw_paths(drawing, figure)
+        return
     axes = figure.subplots()
     axes.set_title(drawing.title, loc="left")
     axes.set_ylabel(drawing.unit)
@@ -240,12 +266,45 @@ def _draw_lines(panel: Panel, axes: Any) -> int:
             axes.plot(steps[::stride], values[::stride], color=colour, label=label, linewidth=1.8)
         else:
             axes.plot(steps, values, ".-", color=colour, label=label, linewidth=1.5, markersize=5)
-    axes.set_xlabel(panel.over)
+    axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.unit in _FROM_ZERO:
         highest = max(max(values, default=0.0) for _, values in panel.lines.values())
         axes.set_ylim(0, 1.1 * highest or 1.0)
     return drawn
+
+
+def _draw_paths(paths: Paths, figure: Any) -> None:
+    """Small axes, three in a row."""
+    x, y = ([v for line in paths.lines.values() for v in line[i][1:] or line[i]] for i in (0, 1))
+    at, start = (axis[0] for axis in next(iter(paths.lines.values())))
+    title = f"{paths.title}, all from {short(start, 3)} at {round(at, 1) + 0.0:g}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold")
+    figure.supxlabel(paths.over, fontsize=9)
+    figure.supylabel(paths.unit, fontsize=9)
+    columns = min(3, len(paths.lines))
+    rows = math.ceil(len(paths.lines) / columns)
+    every = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, colour, (label, line) in zip(
+        every, cycle(_COLOURS), paths.lines.items(), strict=False
+    ):
+        for others in paths.lines.values():
+            axes.plot(*others, color=_FAINT, linewidth=0.6, alpha=0.6)
+        axes.plot(*line, ".-", color=colour, linewidth=1.2, markersize=4)
+        axes.plot(line[0][-1:], line[1][-1:], "o", color=colour, markersize=7, fillstyle="none")
+        axes.set_title(label, loc="left", fontsize=8, fontweight="normal", color=colour)
+        axes.tick_params(length=3, labelsize=7)
+        axes.set(xlim=_around(x), ylim=_around(y))
+    for axes in every[len(paths.lines) :]:
+        axes.set_axis_off()
+    for axes in every[len(paths.lines) - columns : len(paths.lines)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of axes with room beside the values."""
+    room = 0.12 * (max(values) - min(values)) or 1.0
+    return min(values) - room, max(values) + room
 
 
 _PARTS = 20  # the moving mean is over this share of a line

@@ -171,7 +171,8 @@ class Study(ABC):
     presets: ClassVar[Mapping[str, Preset]]
     trainer: ClassVar[str]  # the command of sweeps, cells and costs
 
-    def __init__(self, config: StudyConfig):
+    def __init__(self, config: StudyConfig, record: dict[str, Any] | None = None):
+        """record: what study.json has, to tell of that alone, wherever the data and models are."""
         self.config, self.out = config, Path(config.out).resolve()
         if config.preset not in self.presets:
             raise UsageError(
@@ -179,6 +180,9 @@ class Study(ABC):
                 f"{', '.join(self.presets)}"
             )
         self.preset = self.presets[config.preset]
+        if record is not None:
+            self.record = record
+            return
         if not self.preset.tasks:
             what_for = f"presets that tell of quality, and {config.preset} does of cost alone"
             refuse_unused(config, ["data_folder", "at_once", "cost"], what_for)

@@ -28,7 +28,7 @@ from typing import Any
 
 from perl import cafe, stories
 from perl.commands import words
-from perl.drawings import Drawing, Panel, Spread
+from perl.drawings import Drawing, Paths, Spread
 from perl.files import write_rows
 from perl.report import phase_cost
 from perl.study import (
@@ -405,7 +405,7 @@ class PolicyStudy(Study):
                 if (frontiers := self.found(task, arm, "frontier"))
             }
             if lines:
-                found.append(Panel(task.title, "reward", lines, over="KL, nats per answer"))
+                found.append(Paths(task.title, "reward", lines, over="KL, nats per answer"))
         return [*found, *self.cost_drawings()]
 
 

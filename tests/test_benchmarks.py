@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmarks import (
     _targets,
     _timelines,
     check,
+    conftest,
     gpu,
     growth,
     report,
@@ -154,6 +156,16 @@ def test_peers_are_chosen_and_all_else_is_always_there():
     assert met("compile", "liger", "trl") == {"peft compiled", "liger_kernel", "trl"}
 
 
+def test_what_was_asked_for_and_not_measured_is_told():
+    rows = [make_row(missing={"unsloth": "runs on a GPU alone"})]
+    skipped = [SimpleNamespace(nodeid="bench_x.py::test_x[c]", longrepr=("x.py", 1, "no trl"))]
+    assert conftest.not_measured(rows, ("peft", "unsloth", "compile"), skipped) == [
+        "bench_x.py::test_x[c]: no trl",
+        "compile: nothing here compares with it on this device",
+    ]
+    assert conftest.not_measured([], ("peft",), []) == []
+
+
 def test_a_peer_that_fails_does_not_end_the_case():
     def failing(error):
         def run():
@@ -278,6 +290,16 @@ def test_geometric_means_over_the_shapes_of_a_run():
     assert means["ours/frozen"] == (1.1, 2, "met")
     assert means["peft/ours"] == (2.5, 1, "met, stretch")
     assert {b["met"] for b in found if b["what"] == "ours/full"} == {"not measured"}
+
+
+def test_a_bar_is_told_in_words():
+    """Every name of a measure that a bar speaks of has words for a reader."""
+    names = {bar.what for bar in _bars.BARS if "/" not in bar.what} - {"memory", "error"}
+    assert names == _bars.WORDS.keys()
+    row = make_row(check=_bars.DROPOUT, measures={"dropout_points": 5.0})
+    assert "| points that dropout adds ≤ 6 |" in report.as_markdown(make_results(row))
+    told = {line[2] for line in _targets.targets([], "gpu")[1:]}
+    assert "share of rows whose log p depends on the batch ≤ 0" in told
 
 
 def test_memory_ratio_of_a_bar():
@@ -417,6 +439,7 @@ def test_pytest_benchmarks_prints_keeps_and_exports(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Ceilings measured in this run: copy" in done.stdout and "of limit" in done.stdout
     assert "linear_kl: forward (MiB: beyond inputs and outputs)" in done.stdout
+    assert "trl: nothing here compares with it on this device" in done.stdout
     (path,) = (tmp_path / "kept").glob("linear_kl-tiny-*.json")
     rows = Results.load(path).rows
     assert rows and all(row.memory.keys() == {"ours", *row.contestants} for row in rows)
@@ -546,6 +569,25 @@ def test_the_papers_table_has_ours_beside_it():
     assert [line[-1] for line in table[1:]] == ["50 %", "1.60×", "not measured", "not measured"]
 
 
+def test_the_limit_of_steps_and_rollouts():
+    """By hand: 2 x 2 attention weights and a 3 wide MLP are 34 elements of a layer."""
+    llama = {"H": 2, "L": 1, "F": 3, "A": 1, "V": 5, "R": 4}
+    step = make_row(room="reward_step", check="step", shape={"B": 1, "T": 2} | llama, measures={})
+    assert _limits.flops(step) == 2 * 2 * 2 * 34 + 3 * 2 * 2**2 * 2
+    assert _limits.least_bytes(step) is None
+    both = {"B": 1, "P": 2, "T": 2} | llama
+    step = make_row(room="policy_step", check="step", shape=both, measures={})
+    assert _limits.flops(step) == 7 * 2 * 4 * 34 + 9 * 2 * 4**2 * 2 + 4 * 2 * 2 * 2 * 5
+    drawn = {"measures": {"tokens": 3}, "dtype": "fp32"}
+    rollout = make_row(room="rollout", check=_bars.ONE_LENGTH, shape=both, **drawn)
+    assert _limits.flops(rollout) == 2 * (2 + 3) * 34 + 2 * 2**2 * 2 + 2 * 3 * 2 * 5
+    assert _limits.least_bytes(rollout) == 4 * (34 + 2 * 5) * 3
+    ending = make_row(room="rollout", check=_bars.ENDING, shape=both, **drawn)
+    assert _limits.flops(ending) == 2 * (8 + 3) * 34 + 2 * 4 * 2**2 * 2 + 2 * 3 * 2 * 5
+    product = [["fp32 product of 8²", "FLOP/s", 1e3]]
+    assert _limits.share_of_limit(rollout, product) == _limits.flops(rollout) / 1e3 / 2e-3
+
+
 def test_the_share_of_the_limit():
     row = make_row(dtype="fp32", median_s=2.0, measures={"flop_per_s": 3e9})
     assert _limits.least_bytes(row) == 2 * 4 * (8 * 4 + 4 * 4 + 8 * 4)
@@ -586,17 +628,8 @@ def test_learning_bars_are_those_of_the_studies(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "folder", report.studies_of(_results.FOLDER), ids=lambda folder: folder.name
 )
-def test_tables_of_committed_studies_agree_with_their_json(tmp_path, monkeypatch, folder):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "models").mkdir()
-    monkeypatch.setenv("PERL_SHARED", str(tmp_path))
-    record = json.loads((folder / "study.json").read_text())
-    task = next(task for task in studies.STUDIES if folder.name.startswith(f"study-{task}"))
-    plan = studies.STUDIES[task](
-        StudyConfig(task=task, preset=record["preset"], out=str(folder), resume=True)
-    )
-    plan.record["machine"] = record["machine"]
-    assert plan.text() == (folder / "table.md").read_text()
+def test_tables_of_committed_studies_agree_with_their_json(folder):
+    assert studies.told_by(folder).text() == (folder / "table.md").read_text()
 
 
 def test_bars_of_learning_stand_beside_those_not_measured(tmp_path):
@@ -642,9 +675,11 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     results = make_results(make_row(dtype="fp32", check=_bars.DROPOUT))
     results.machine["ceilings"] = [["copy", "B/s", 1e9], ["fp32 product of 8²", "FLOP/s", 4e9]]
     results.write([tmp_path])
-    (tmp_path / "study-h200").mkdir()
-    (tmp_path / "study-h200/study.json").write_text("{}")
-    (tmp_path / "study-h200/table.md").write_text("**Pairs**\n\n| rank |\n| --- |\n| <4> |\n")
+    study = tmp_path / "study-reward-h200"
+    study.mkdir()
+    record = {"preset": "h200", "parameters": {}, "jobs": {}, "machine": {}}
+    (study / "study.json").write_text(json.dumps(record))
+    (study / "table.md").write_text("**Pairs**\n\n| rank |\n| --- |\n| <4> |\n")
     paper = tmp_path / "README.md"
     paper.write_text(
         "".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in report.MADE)
@@ -672,6 +707,13 @@ def test_one_command_writes_all_and_tells_what_is_stale(tmp_path):
     results.rows[0].contestants["peft"]["ratio"] = 0.5
     results.write([tmp_path])
     assert report.stale(tmp_path, [paper]) == missing[:3]  # the roofline has not moved
+    (shape,) = studies.STUDIES["reward"].presets["h200"].shapes
+    costs = {f"cost/{shape.size}/{arm}": {"step_ms": 8.0, "peak_mb": 9.0}
+             for arm in ("full", "rank-16")}  # fmt: skip
+    (study / "study.json").write_text(json.dumps(record | {"jobs": costs}))
+    assert report.stale(tmp_path, [])[2:] == [study / "figure.svg"]
+    assert study / "figure.svg" in report.write(tmp_path, [])
+    assert not report.stale(tmp_path, [])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -699,8 +741,9 @@ def faster(low, ratio, high, **memory):
     ],
 )
 def test_a_loss_is_beyond_the_spread(now, lost):
-    found = check.losses([faster(0.9, 1.0, 1.1)], [now])
-    assert [name.rpartition(", ")[2] for name in found] == lost
+    found = list(check.pairs([faster(0.9, 1.0, 1.1)], [now]))
+    assert len(found) == (0 if now.shape["N"] == 9 else 2)
+    assert [name.rpartition(", ")[2] for name in check.losses(found)] == lost
 
 
 def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
@@ -712,7 +755,7 @@ def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
     assert "nothing is committed for" in capsys.readouterr().out
     monkeypatch.setattr(check, "machine", lambda: committed.machine)
     runs = []
-    monkeypatch.setattr(check, "measure", lambda room, threads: [runs.pop(0)])
+    monkeypatch.setattr(check, "measure", lambda room, preset, threads: [runs.pop(0)])
     slow, same = faster(1.5, 1.6, 1.7), faster(0.9, 1.0, 1.1)
     for given, code, left in (([same, slow], 0, 1), ([slow, same], 0, 0), ([slow, slow], 1, 0)):
         runs[:] = given
@@ -720,7 +763,12 @@ def test_a_loss_has_to_show_twice_and_is_told(tmp_path, monkeypatch, capsys):
     assert (
         "forward + backward, bf16 N8 D4 O4 R16, time over frozen: 1.60" in capsys.readouterr().out
     )
-    assert check.main([*arguments, "--rooms", "lora_mlp"]) == 0
+    for elsewhere in (["--rooms", "lora_mlp"], ["--preset", "full"]):
+        assert check.main([*arguments, *elsewhere]) == 0
+        assert "there is lora_linear at --preset quick" in capsys.readouterr().out
+    runs[:] = [make_row(shape={"N": 9, "D": 4, "O": 4, "R": 16})]
+    assert check.main(arguments) == 1
+    assert "no committed ratio has come again" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

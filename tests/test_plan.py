@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -183,10 +185,52 @@ def test_the_table_says_what_json_says(capsys, tiny):
     assert list(figures["lora"]["roles"]) == ["policy", "reference"]
     assert figures["lora"]["peak"] < figures["full"]["peak"]
     assert figures["lora"]["largest_batch"] > figures["full"]["largest_batch"] > 0
-    lines = {line[:18].strip(): line[18:].split() for line in run(capsys, *flags).splitlines()}
+    said = run(capsys, *flags)
+    assert "times: peaks as given, 100% of them reached; what a step takes at best" in said
+    lines = {line[:18].strip(): line[18:].split() for line in said.splitlines()}
     assert lines["largest batch"] == [str(figures[t]["largest_batch"]) for t in ("full", "lora")]
     assert {"policy", "reference"} < set(lines)
     assert lines["step, s"] == [f"{figures[t]['seconds']['learn']:.3g}" for t in ("full", "lora")]
+
+
+def test_seconds_are_the_longer_of_arithmetic_and_traffic():
+    peaks = plan.Peaks(flops=100.0, bandwidth=10.0, source="", efficiency=0.5, note="")
+    work = [("learn", 3.0, 200, 10), ("learn", 1.0, 0, 50), ("rollout", 1.0, 100, 20)]
+    assert plan.seconds(work, peaks) == {"learn": (3 * 2 + 5) / 0.5, "rollout": 2 / 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes, share, words",
+    [
+        (
+            {},
+            plan.REACHED,
+            "here, 10 TFLOP/s and 20 GB/s; a step may well take 0.7 to 1.4",
+        ),
+        ({"efficiency": 0.5}, 0.5, "an estimate"),
+        ({"device": "cuda"}, 1.0, "what a step takes at best"),
+        (
+            {"device_flops": 1e13, "device_bandwidth": 2e10},
+            1.0,
+            "as given; what a step takes at best",
+        ),
+        ({"devices": 2}, plan.REACHED, "messages between devices are not counted"),
+    ],
+)
+def test_what_times_are_worth(tiny, monkeypatch, changes, share, words):
+    monkeypatch.setattr(plan, "probe", lambda config: (1e13, 2e10))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    peaks = plan.peaks_of(config_of(tiny, **changes))
+    assert peaks[:2] == (1e13, 2e10) and peaks.efficiency == share
+    assert words in f"{peaks.source}; {peaks.note}"
+
+
+def test_no_times_without_a_gpu_to_measure(capsys, tiny, monkeypatch):
+    monkeypatch.setattr(plan, "probe", lambda config: pytest.fail("there is none"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = ["plan", "--model", tiny, "--job", "sft", "--device", "cuda"]
+    said = run(capsys, *given)
+    assert "times: none, as torch sees no GPU here" in said and "step, s" not in said
 
 
 @pytest.mark.parametrize(
@@ -194,11 +238,14 @@ def test_the_table_says_what_json_says(capsys, tiny):
     [
         (["--shard"], "give at least 2"),
         (["--device-flops", "1e12"], "give both"),
-        (["--machine", "h200", "--probe"], "give one"),
+        (["--machine", "h200", "--device-flops", "1", "--device-bandwidth", "1"], "give one"),
+        (["--device-flops", "-1", "--device-bandwidth", "1"], "--device-flops"),
+        (["--efficiency", "1.1"], "--efficiency"),
         (["--machine", "h200"], "is a GPU; give --device cuda"),
         (["--machine", "h200", "--device", "cuda"], "give --dtype bfloat16"),
         (["--job", "sft", "--checkpoint-activations"], "is of reward"),
         (["--max-tokens", "65"], "context is 64"),
+        (["--max-tokens", "1"], "want at least 2"),
         (["--lora-targets", "nothing"], "nothing"),
         (["--job", "reinforce", "--max-new-tokens", "64"], "no room is left"),
     ],
@@ -260,37 +307,57 @@ def perl(*words: object, processes: int = 1) -> str:
     return done.stdout
 
 
-def peaks(job: str, tuning: str, model: Path, out: Path, devices: int = 1) -> tuple[int, int]:
-    """As planned and as measured, in bytes; of several processes the largest."""
-    shard = ["--shard"] * (devices > 1)
+@functools.cache  # a test of memory and one of time share a run
+def compared(job: str, tuning: str, model: Path, devices: int = 1) -> dict[str, tuple]:
+    """Bytes at the peak and seconds of a step, each (as planned, as measured); of several processes
+    the largest."""
+    shard, out = ["--shard"] * (devices > 1), model / f"{job}-{tuning}-{devices}"
     planned = json.loads(
         perl(
             "plan", "--model", model, "--job", job, *FLAGS[job], "--reward-models", 0,
             "--devices", devices, *shard, "--json",
         )
-    )  # fmt: skip
+    )[job][tuning]  # fmt: skip
     flags = ["--reward-function", f"{model}/f.py:reward"] if job == "reinforce" else []
     perl(
         job, "--model", model, "--data", model / f"{job}.jsonl", "--out", out, "--tuning", tuning,
-        "--steps", 2, "--truncate-prompts", *FLAGS[job], *flags, *shard, processes=devices,
+        "--steps", 4, "--truncate-prompts", *FLAGS[job], *flags, *shard, processes=devices,
     )  # fmt: skip
-    measured = max(row.get("peak_memory_bytes", 0) for row in read_jsonl(out / "metrics.jsonl"))
-    print(f"{job}, {tuning}, {devices} devices: {planned[job][tuning]['peak']} of {measured}")
-    return planned[job][tuning]["peak"], measured
+    rows = read_jsonl(out / "metrics.jsonl")
+    _, *times = [row["step_s"] for row in rows if "step_s" in row]  # the first one warms up
+    found = {
+        "bytes": (planned["peak"], max(row.get("peak_memory_bytes", 0) for row in rows)),
+        "seconds": (sum(planned["seconds"].values()), statistics.median(times)),
+    }
+    print(f"{job}, {tuning}, {devices} devices, planned and measured: {found}")
+    return found
+
+
+both_tunings = pytest.mark.parametrize("tuning", ["lora", "full"])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@both_tunings
 @pytest.mark.parametrize("job", FLAGS)
-def test_peak_of_a_process(small, job, tuning, tmp_path):
-    planned, measured = peaks(job, tuning, small, tmp_path / "run")
+def test_peak_of_a_process(small, job, tuning):
+    planned, measured = compared(job, tuning, small)["bytes"]
     assert planned == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_peak_of_each_of_two_processes(small, tuning, tmp_path):
-    planned, measured = peaks("sft", tuning, small, tmp_path / "run", devices=2)
+@both_tunings
+@pytest.mark.parametrize("job", FLAGS)
+def test_time_of_a_step(small, job, tuning):
+    """On a machine that does nothing else."""
+    planned, measured = compared(job, tuning, small)["seconds"]
+    assert 1 / plan.MARGIN < measured / planned < plan.MARGIN
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@both_tunings
+def test_peak_of_each_of_two_processes(small, tuning):
+    planned, measured = compared("sft", tuning, small, devices=2)["bytes"]
     assert planned == pytest.approx(measured, rel=0.1)

@@ -256,6 +256,27 @@ def test_text_is_escaped_and_control_characters_are_visible(tmp_path):
     assert "REINFORCE: a&b" in page.sections[""]
 
 
+def test_paths_lie_beside_each_other(tmp_path):
+    """Small axes of one scale, which is that of all points but the common start."""
+    from matplotlib.figure import Figure
+
+    lines = {f"rank {i}": ([-1e-8, 10.0, 11.0 + i], [-4.0, 2.0, 3.0]) for i in range(4)}
+    paths, figure = drawings.Paths("World", "reward", lines, over="KL, nats"), Figure()
+    drawings._draw(paths, figure)
+    *shown, empty, last = figure.axes
+    assert [axes.get_title(loc="left") for axes in shown] == [*lines]
+    assert figure.get_suptitle() == "World, all from -4 at 0"
+    assert all(axes.get_xlim() == pytest.approx((9.52, 14.48)) for axes in shown)
+    assert not empty.axison and not last.axison
+    xs = [line.get_xdata().tolist() for line in shown[2].lines]
+    assert xs == [x for x, _ in lines.values()] + [lines["rank 2"][0], lines["rank 2"][0][-1:]]
+    drawings.write_figure(tmp_path / "f.svg", [paths])
+    assert drawings.is_drawn(tmp_path / "f.svg", [paths])
+    other = drawings.Paths("World", "reward", lines | {"rank 1": ([0], [0])}, over="KL, nats")
+    assert not drawings.is_drawn(tmp_path / "f.svg", [other])
+    assert not drawings.is_drawn(tmp_path / "g.svg", [paths])
+
+
 def test_the_page_stands_alone_and_its_drawings_follow_the_scheme(reinforce_report):
     page = Page(reinforce_report)
     assert not re.search(r"https?:|src=|@import|<link|<script", page.source)
