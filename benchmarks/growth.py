@@ -135,7 +135,8 @@ def _key(of: Case | Row) -> tuple:
 
 def table(results: Results) -> list[list[str]]:
     """A line per sweep and contestant: the exponents of time and of memory."""
-    lines = [["what grows", "of", "from", "to", "contestant", "time ∝ size^", "memory ∝ size^"]]
+    exponents = ["exponent of time", "of memory"]
+    lines = [["what grows", "of", "from", "to", "contestant", *exponents]]
     for curve in curves(results):
         for name, time in curve["time"].items():
             cells = [_told(time), _told(curve["memory"].get(name))]

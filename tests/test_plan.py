@@ -176,7 +176,9 @@ def test_the_table_says_what_json_says(capsys, tiny):
     flags = ["plan", "--model", tiny, "--max-tokens", 24, "--batch-size", 2, "--job", "sft"]
     flags += ["--device", "cuda", "--memory", 0.001, "--device-flops", 1e9]
     flags += ["--device-bandwidth", 1e9]
-    figures = json.loads(run(capsys, *flags, "--json"))["sft"]
+    told = json.loads(run(capsys, *flags, "--json"))
+    assert told.keys() == {"sft", "peaks"} and told["peaks"]["efficiency"] == 1
+    figures = told["sft"]
     for tuning in ("full", "lora"):
         assert figures[tuning]["peak"] == sum(figures[tuning]["memory"].values())
         held = sum(role["weights"] for role in figures[tuning]["roles"].values())
@@ -202,18 +204,10 @@ def test_seconds_are_the_longer_of_arithmetic_and_traffic():
 @pytest.mark.parametrize(
     "changes, share, words",
     [
-        (
-            {},
-            plan.REACHED,
-            "here, 10 TFLOP/s and 20 GB/s; a step may well take 0.7 to 1.4",
-        ),
+        ({}, plan.REACHED, "threads; a step may well take 0.7 to 1.4 times as long"),
         ({"efficiency": 0.5}, 0.5, "an estimate"),
-        ({"device": "cuda"}, 1.0, "what a step takes at best"),
-        (
-            {"device_flops": 1e13, "device_bandwidth": 2e10},
-            1.0,
-            "as given; what a step takes at best",
-        ),
+        ({"device": "cuda"}, 1.0, "here, 10 TFLOP/s and 20 GB/s; what a step takes at best"),
+        ({"device_flops": 1e13, "device_bandwidth": 2e10}, 1.0, "as given; what a step takes"),
         ({"devices": 2}, plan.REACHED, "messages between devices are not counted"),
     ],
 )
@@ -291,7 +285,8 @@ def small(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder)
     long, short = "a large tea and two scones please " * 60, "two scones"
     answers = [long if i else short for i in range(16)]
-    write_jsonl(folder / "sft.jsonl", [{"prompt": t, "completion": " latte"} for t in answers])
+    texts = [text[:721] for text in answers]  # 257 tokens, all of them learned, as a plan takes it
+    write_jsonl(folder / "sft.jsonl", [{"text": text} for text in texts])
     rows = [{"prompt": long, "chosen": t, "rejected": " latte"} for t in [" one", " two"] * 4]
     write_jsonl(folder / "reward.jsonl", rows)
     write_jsonl(folder / "reinforce.jsonl", [{"prompt": t} for t in answers])
