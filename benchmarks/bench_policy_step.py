@@ -9,11 +9,9 @@
 
 A step is B answers of T tokens to prompts of P tokens, the reward model's scores, the anchor's
 log-probabilities, and one update of AdamW of the policy and, but for trl, of the value model. No
-answer ends early. Ours passes a quarter of the rows at a time, for a quarter of the activations at
-the same speed; full tuning would be slower so, as it adds up the gradients of all weights, and its
-memory is hardly activations. Each contestant lives in a process of its own, whose peak memory is
-told, and they take turns step by step; a trainer's loop waits for its turn. All start from the same
-weights.
+answer ends early, and all pass their rows at once: with --micro-batch-size ours takes less memory
+and more time. Each contestant lives in a process of its own, whose peak memory is told, and they
+take turns step by step; a trainer's loop waits for its turn. All start from the same weights.
 
 "rollout_s", "score_s" and "learn_s" are a step's phases, medians; trl's are not told.
 Letters beside the library's: P tokens of a prompt, T of an answer, L layers, F features inside the
@@ -57,7 +55,6 @@ from perl.training import lora_config
 ROOM, STEP = "policy_step", "step"
 PEERS = ("peft", "trl.trainer.rloo_trainer")
 FULL, EAGER, TRL = "full", "eager", "trl"
-MICRO_BATCHES = {"lora": 4, "full": 1}  # of score and learn
 NEVER = 10**6  # steps until the end, a checkpoint or samples
 TEMPERATURE, BETA, LR = 0.9, 0.05, {"lora": 1e-4, "full": 1e-5}
 
@@ -134,8 +131,7 @@ def config_of(folder: Path, tuning: str, case: Case) -> ReinforceConfig:
         reward_model=[str(folder / f"reward-{tuning}")], out=str(folder / f"run-{tuning}"),
         tuning=tuning, lora_rank=s["R"], lora_alpha=2.0 * s["R"], lr=LR[tuning],
         dtype=str(case.torch_dtype).removeprefix("torch."), device=case.device,
-        prompts_per_step=s["B"], micro_batch_size=s["B"] // MICRO_BATCHES[tuning],
-        max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
+        prompts_per_step=s["B"], max_new_tokens=s["T"], temperature=TEMPERATURE, beta=BETA,
         steps=NEVER, checkpoint_every=NEVER, samples_every=NEVER, reward_drop=0.0,
     )  # fmt: skip
 

@@ -8,9 +8,8 @@ bench_reward_step and bench_policy_step; the third step is told of. What is in u
 milliseconds: of a GPU what torch's allocator has given out, of a CPU the resident set less what the
 pool keeps for later. benchmarks/_timelines.py says what it is made of.
 
-Under LoRA all roles share the frozen base, which is the anchor. There a step of REINFORCE passes a
-quarter of the rows at a time, as in bench_policy_step. A run that was stopped goes on with what it
-has not measured.
+Under LoRA all roles share the frozen base, which is the anchor. A run that was stopped goes on with
+what it has not measured.
 """
 
 from __future__ import annotations
