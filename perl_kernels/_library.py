@@ -112,12 +112,15 @@ missing: dict[str, str] = {
     "cuda": _load_extension("_cuda") if torch.cuda.is_available() else "no GPU is visible to torch",
 }
 _warned = False
-# pk.lora_linear's plain case in one step, or None for arguments that want checking or casting
-lora_linear_in_cpp: Callable[..., Tensor | tuple[Tensor, ...] | None] = (
-    (lambda *arguments: None)
-    if missing["cpu"]
-    else importlib.import_module("perl_kernels._cpu").lora_linear
-)
+# The plain cases of pk.lora_linear, and of pk.lora_mlp without gradient, in one step; None for
+# arguments that want checking or casting.
+lora_linear_in_cpp: Callable[..., Tensor | tuple[Tensor, ...] | None]
+lora_mlp_in_cpp: Callable[..., Tensor | None]
+if missing["cpu"]:
+    lora_linear_in_cpp = lora_mlp_in_cpp = lambda *arguments: None
+else:
+    _cpu = importlib.import_module("perl_kernels._cpu")
+    lora_linear_in_cpp, lora_mlp_in_cpp = _cpu.lora_linear, _cpu.lora_mlp
 
 
 def _say_once_what_is_missing(device: str) -> None:
@@ -191,6 +194,16 @@ def compiled_for(tensor: Tensor) -> bool:
     """True when the compiled CPU kernels run this tensor; torch.compile can trace the question."""
     on_cpu = tensor.device.type == "cpu" and tensor.dtype in _KERNEL_DTYPES
     return on_cpu and _chosen in ("auto", "cpu", "cuda") and not missing["cpu"]
+
+
+def reaches_kernel(x: Tensor) -> bool:
+    """True where an op on x may be called as its compiled CPU twin: nothing learns, nobody listens.
+
+    For one token the dispatcher's way to the kernel costs more than the kernel.
+    """
+    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return compiled_for(x) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def cpu_capability() -> str:

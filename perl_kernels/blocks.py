@@ -63,10 +63,10 @@ def lean_blocks(model: nn.Module, *, save: str | None = None) -> list[str]:
     `apply_lora`, `load_adapter` and `accelerate_peft` do it by default; call it to change `save`.
 
     Results are the same up to rounding, except that with adapter dropout gate and up share one
-    mask, as projections of one `lora_linear` do. An MLP computes by its own code without gradient
-    and dropout, where it has a child with hooks or another forward, and as long as an adapter of it
-    is disabled, merged, different from row to row or not fused; a norm where its weight is trained,
-    or of another type than x. `pk.explain` lists the blocks.
+    mask, as projections of one `lora_linear` do. An MLP computes by its own code where it has a
+    child with hooks or another forward, as long as an adapter of it is disabled, merged, different
+    from row to row or not fused, and on a GPU in eval mode without gradient; a norm where its
+    weight is trained, or of another type than x. `pk.explain` lists the blocks.
 
     Args:
         save: what an MLP keeps beside its input: "gate_up", 2 F elements a token; "input", nothing,
@@ -142,11 +142,11 @@ class LeanGatedMLP(LeanBlock):
     lean_save = "gate_up"
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled()
-        parts = self.lean_projections(x.dtype) if learns or self.training else None
-        # Without gradient its own code is faster for few rows; but with dropout a reentrant
-        # checkpoint has to draw at first the masks that it draws again with gradient.
-        if parts is None or not (learns or parts[0][1] > 0.0):
+        # In training always: with dropout a reentrant checkpoint has to draw at first, without
+        # gradient, the masks that it draws again. Decode steps of a GPU keep its own code.
+        wanted = torch.is_grad_enabled() or self.training or x.is_cpu
+        parts = self.lean_projections(x.dtype) if wanted else None
+        if parts is None:
             return super().forward(x)
         return lora_mlp(
             x,

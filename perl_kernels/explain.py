@@ -28,7 +28,7 @@ class ModuleRoute(NamedTuple):
 
     module: its name in the model. base: the class that carries the adapter. shape: of the weight.
     adapters: all that it has, with their ranks. active: those that act now. route: "lora_linear",
-    the fused op; "lora_mlp", that of a whole lean block, where gradients are wanted; "plain LoRA",
+    the fused op; "lora_mlp", that of a whole lean block (`lean_blocks` says when); "plain LoRA",
     the base module and the adapter one after the other; "PEFT", the peft package's own code;
     "base", where no adapter acts. why: the backend of a fused module, else the reason why it is
     not fused.

@@ -105,26 +105,31 @@ def test_less_is_kept():
 
 
 def test_own_code_where_the_op_is_another():
-    """Disabled, merged, per row, without gradient: never lora_mlp; then it is, again."""
+    """Disabled, merged, per row: never lora_mlp; then it is, again."""
     model = pk.apply_lora(build("Llama"), pk.LoRAConfig(r=3))
     stir(model)
     base = build("Llama")(**inputs("Llama")).logits.detach()
     calls = []
-    original = torch.ops.perl_kernels.lora_mlp
+
+    def counted(*given, **options):
+        calls.append(1)
+        return pk.lora_mlp(*given, **options)
+
+    adapted = model(**inputs("Llama")).logits.detach()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.ops.perl_kernels, "lora_mlp", lambda *given: calls.append(1) or original(*given)
-        )
+        patch.setattr("perl_kernels.blocks.lora_mlp", counted)
         with pk.disable_adapters(model):
             assert difference(model(**inputs("Llama")).logits.detach(), base) < 1e-6
         with pk.adapters_per_row(model, [None, None]):
             assert difference(model(**inputs("Llama")).logits.detach(), base) < 1e-6
-        with torch.no_grad():
-            adapted = model(**inputs("Llama")).logits
         pk.merge_lora(model)
         assert difference(model(**inputs("Llama")).logits.detach(), adapted) < 1e-5
         pk.unmerge_lora(model)
         assert not calls
+        with torch.no_grad():
+            assert difference(model(**inputs("Llama")).logits, adapted) < 1e-5
+        assert len(calls) == 2
+        calls.clear()
         seen = []
         for child in ("gate_proj", "act_fn"):
             child = model.model.layers[0].mlp.get_submodule(child)

@@ -13,12 +13,13 @@ NAMES = ("gate", "up", "down")
 ACTIVATIONS = ["silu", "gelu_tanh"]
 SAVE = ["gate_up", "input"]
 # (N, D, F, O, ranks of gate, up and down). 507, 123, 45: multiples of no tile or vector width.
-# 40, 64, 96: pairs of bfloat16. N = 1: decode. F = 1 and O = 1: as narrow as can be. Rank 64 is
-# more than D = 33 has.
+# 40, 64, 96: pairs of bfloat16. N = 1 and 16: decode. F = 1 and O = 1: as narrow as can be. Rank
+# 64 is more than D = 33 has.
 SIZES = [
     (507, 123, 45, 123, (5, 3, 17)),
     (130, 64, 200, 96, (16, 16, 16)),
     (1, 40, 77, 40, (4, 1, 9)),
+    (16, 123, 200, 45, (5, 3, 17)),
     (65, 33, 1, 1, (64, 2, 1)),
 ]
 
@@ -283,6 +284,20 @@ def test_gate_and_up_are_not_kept_where_nothing_learns(backend):
     assert [a[-1] for a in calls.arguments] == [True, False, False, False]
 
 
+# 8 and 32 rows are the most that weights meet as they lie, on narrow and on wide processors; a tile
+# of that has 64 columns.
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_gradient_it_is_the_same_to_the_bit(backend, rows, dtype):
+    for bias, activation in ((True, "silu"), (False, "gelu_tanh")):
+        tensors = make(rows, 140, 130, 70, (16, 5, 17), dtype, bias=bias)
+        wanted = ours(tensors, activation=activation).detach()
+        with torch.no_grad():
+            assert torch.equal(ours(tensors, activation=activation), wanted)
+            tensors["x"] = tensors["x"].view(rows, 1, 140)
+            assert torch.equal(ours(tensors, activation=activation), wanted.view(rows, 1, 70))
+
+
 def test_both_ways_to_save_agree(backend):
     """In forward to the bit; in backward up to the rounding of what was kept, here none."""
     tensors, dy = make(130, 64, 200, 64, (16, 5, 8)), torch.randn(130, 64)
@@ -413,6 +428,9 @@ def bad_calls():
 def test_bad_arguments_are_named(arguments, kind, message):
     with pytest.raises(kind, match=message):
         pk.lora_mlp(**arguments)
+    if "requires grad" not in message:
+        with torch.no_grad(), pytest.raises(kind, match=message):
+            pk.lora_mlp(**arguments)
 
 
 def test_results_repeat_bit_for_bit(backend):

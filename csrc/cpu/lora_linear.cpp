@@ -74,70 +74,18 @@ std::tuple<Tensor, Tensor> backward_by_tiles(
   return {ds, dx};
 }
 
-// Up to how many rows each row of the weight is better multiplied as it lies; where the processor
-// has instructions for bfloat16, the library's products are the faster ones soon.
-int64_t few_rows(const Tensor& x) {
-  const bool pairs = x.scalar_type() == at::kBFloat16 && kernels().multiply_pairs != nullptr;
-  return kernels().column_panel == 32 && !pairs ? 32 : 8;
-}
-
-// Rows of every tensor lie whole in memory, one element after the other.
-bool in_rows(TensorList tensors) {
-  return std::all_of(
-      tensors.begin(), tensors.end(), [](const Tensor& t) { return t.stride(1) == 1; });
-}
-
-// bfloat16 rows that Kernels::dots multiplies as they are.
-bool multiplies_as_pairs(const Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 && x.stride(1) == 1 &&
-      kernels().multiply_pairs != nullptr;
-}
-
-// dropout(x) in float32, row after row, in memory that `room` keeps.
-Matrix dropped_in_floats(const Tensor& x, const Dropout& dropout, Buffer& room) {
-  const Matrix all = in_floats(Matrix(x), room);
-  for (int64_t i = 0; i < x.numel(); ++i) room.data()[i] *= dropout.gain();
-  for (int64_t n = 0; n < all.rows; ++n) {
-    dropout.apply(room.data() + n * all.columns, Dtype::float32, all.columns, n, 0);
-  }
-  return all;
-}
-
 std::tuple<std::vector<Tensor>, Tensor> forward_by_rows(
     const Tensor& x, const Projections& p, const Dropout& dropout) {
-  const int64_t N = x.size(0), D = x.size(1);
+  const int64_t N = x.size(0);
   Tensor s = at::empty({N, p.rank()}, x.options());
+  const ProjectedRows rows(x, p, dropout, s);
   std::vector<Tensor> y;
-
-  Buffer room(N * D), input_room(dropout.active() ? N * D : 0);
-  const Matrix floats = in_floats(Matrix(x), room);
-  const bool pairs = multiplies_as_pairs(x);
-  const FewRows rows(pairs ? Matrix(x) : floats);
-  std::optional<FewRows> other;  // what a is multiplied with, where that is not the same
-  if (dropout.active()) other.emplace(dropped_in_floats(x, dropout, input_room));
-  else if (pairs) other.emplace(floats);
-  const FewRows& input = other ? *other : rows;
   for (int64_t i = 0; i < p.count(); ++i) {
-    const int64_t R = p.rank(i), O = p.weight[i].size(0), ld = round_up(R, FEW_COLUMNS);
-    const Matrix weight(p.weight[i]), a(p.a[i]), b(p.b[i]);
-    Buffer s_room(N * ld), bias_row(p.bias.empty() ? 0 : O);
-    float* s_i = s_room.data();
-    parallel_by_few_columns(R, N * D, [&](int64_t first, int64_t count) {
-      input.times(a, first, count, s_i + first, ld, false);
-    });
-    store_tile(s_i, ld, N, R, s, 0, p.r[i]);
-    for (int64_t j = 0; j < N * ld; ++j) s_i[j] *= static_cast<float>(p.scale[i]);
-    const FewRows scaled(Matrix(s_i, N, R, ld));
-    if (!p.bias.empty()) vector_to_float(p.bias[i], 0, O, bias_row.data());
-
+    const int64_t O = p.weight[i].size(0);
     y.push_back(at::empty({N, O}, x.options()));
-    parallel_by_few_columns(O, N * D, [&](int64_t first, int64_t count) {
+    parallel_by_few_columns(O, x.numel(), [&](int64_t first, int64_t count) {
       Buffer tile(N * FEW_COLUMNS);
-      rows.times(weight, first, count, tile.data(), FEW_COLUMNS, false);
-      scaled.times(b, first, count, tile.data(), FEW_COLUMNS, true);
-      for (int64_t n = 0; !p.bias.empty() && n < N; ++n) {
-        kernels().accumulate(bias_row.data() + first, count, tile.data() + n * FEW_COLUMNS);
-      }
+      rows.columns(i, first, count, tile.data());
       store_tile(tile.data(), FEW_COLUMNS, N, count, y[i], 0, first);
     });
   }
@@ -154,9 +102,11 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear(
     double dropout_p,
     const std::optional<Tensor>& seed) {
   const PlainOperators plain;
-  const bool by_rows = x.size(0) <= few_rows(x) && in_rows(weight) && in_rows(a) && in_rows(b);
-  return (by_rows ? forward_by_rows : better_by_aten(x) ? forward_by_aten : forward_by_tiles)(
-      x, Projections(weight, bias, a, b, scale), Dropout(dropout_p, seed));
+  const Projections p(weight, bias, a, b, scale);
+  auto* forward = better_by_rows(x, p) ? forward_by_rows
+      : better_by_aten(x)              ? forward_by_aten
+                                       : forward_by_tiles;
+  return forward(x, p, Dropout(dropout_p, seed));
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(

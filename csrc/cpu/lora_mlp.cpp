@@ -6,12 +6,14 @@
 // in the cache, and h is packed right away as rows of the down projection. Backward, a tile of dh
 // meets its tiles of gate and up, kept or multiplied again, and leaves as packed rows of
 // [dgate | dup]; what the adapters' gradients want from these tiles is added up before they go.
-// Sums over rows belong to columns, so a thread has columns of its own there.
+// Sums over rows belong to columns, so a thread has columns of its own there. Few rows meet the
+// weights as they lie (few_rows.h), and are one group.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
 #include <string_view>
 
+#include "few_rows.h"
 #include "lora.h"
 
 namespace perl_kernels::cpu {
@@ -68,6 +70,36 @@ struct Gradients {
 struct Needs {
   const bool dx, dab, dbias;
 };
+
+// ------------------------------------------------------------------------------------------------
+// By rows
+// ------------------------------------------------------------------------------------------------
+
+void forward_by_rows(const Tensor& x, const Block& block, Kept& kept, Tensor& y) {
+  const int64_t N = x.size(0), F = block.features();
+  Tensor h = at::empty({N, F}, x.options());
+  const ProjectedRows in(x, block.in, block.drop_x, kept.s);
+  parallel_by_few_columns(F, 2 * x.numel(), [&](int64_t first, int64_t count) {
+    Buffer gate(N * FEW_COLUMNS), up(N * FEW_COLUMNS);
+    in.columns(0, first, count, gate.data());
+    in.columns(1, first, count, up.data());
+    if (!kept.gate_up.empty()) {
+      store_tile(gate.data(), FEW_COLUMNS, N, count, kept.gate_up[0], 0, first);
+      store_tile(up.data(), FEW_COLUMNS, N, count, kept.gate_up[1], 0, first);
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      float* row = gate.data() + n * FEW_COLUMNS;
+      kernels().gated(row, up.data() + n * FEW_COLUMNS, count, block.activation, row);
+    }
+    store_tile(gate.data(), FEW_COLUMNS, N, count, h, 0, first);
+  });
+  const ProjectedRows down(h, block.down, block.drop_h, kept.s_down);
+  parallel_by_few_columns(y.size(1), h.numel(), [&](int64_t first, int64_t count) {
+    Buffer tile(N * FEW_COLUMNS);
+    down.columns(0, first, count, tile.data());
+    store_tile(tile.data(), FEW_COLUMNS, N, count, y, 0, first);
+  });
+}
 
 // ------------------------------------------------------------------------------------------------
 // By ATen
@@ -443,7 +475,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lora_mlp(
   Tensor y = empty(weight[2].size(0));
   Kept kept{empty(block.in.rank()), empty(block.down.rank()), {}};
   if (keep_gate_up) kept.gate_up = {empty(block.features()), empty(block.features())};
-  (better_by_aten(x) ? forward_by_aten : forward_by_tiles)(x, block, kept, y);
+  auto* forward = better_by_rows(x, block.in) && better_by_rows(x, block.down) ? forward_by_rows
+      : better_by_aten(x)                                                      ? forward_by_aten
+                                                                               : forward_by_tiles;
+  forward(x, block, kept, y);
   return {y, kept.s, kept.s_down, kept.gate_up};
 }
 

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from .._arguments import autocast, check_float, check_projection, check_range
 from .._dropout import new_seed
+from .._library import lora_mlp_in_cpp, reaches_kernel
 from . import op as _op  # noqa: F401 - registers the op
 from .reference import LoRAProjection
 
@@ -89,6 +90,10 @@ def lora_mlp(
         if value not in known:
             raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(known)}")
     check_range("dropout_p", dropout_p, 0.0, 1.0, "a probability in [0, 1)")
+    if dropout_p == 0.0 and reaches_kernel(x):
+        y = lora_mlp_in_cpp(x, gate, up, down, activation)
+        if y is not None:
+            return y
     named = {name: LoRAProjection(*p) for name, p in (("gate", gate), ("up", up), ("down", down))}
     for name, p in named.items():
         check_float(f"{name}.weight", p.weight)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_alike, check_constant, check_float, check_range, check_shape
-from .._library import compiled_for
+from .._library import reaches_kernel
 from . import op as _op  # noqa: F401 - registers the op
 
 __all__ = ["rms_norm"]
@@ -69,7 +69,6 @@ def rms_norm(
         )
     flat = x.reshape(-1, x.shape[-1])
     op = torch.ops.perl_kernels.rms_norm
-    plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if plain and compiled_for(x):  # for one token the way to the kernel costs more than it
+    if reaches_kernel(x):
         op = torch.ops.perl_kernels.rms_norm_cpu
     return op(flat, weight.detach(), eps, offset, casting_mode == "llama").view(x.shape)
