@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 
 from benchmarks import _timelines, growth
-from benchmarks._bars import DROPOUT, TRAIN
+from benchmarks._bars import DROPOUT, ONE_LENGTH, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
 from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import kinds
@@ -123,6 +123,7 @@ def file_name(*parts: str) -> str:
 HEADLINES = (
     ("policy_step", "step", "full", "RL step, against full tuning"),
     ("policy_step", "step", "trl", "RL step, against TRL's RLOO with PEFT"),
+    ("rollout", ONE_LENGTH, "peft", "sampling, against generate with PEFT"),
     ("reward_step", "step", "full", "reward-model step, against full tuning"),
     ("reward_step", "step", "peft", "reward-model step, against PEFT"),
     ("reward_step", "step in TRL's RewardTrainer", "trl", "in TRL's trainer, one line changed"),
