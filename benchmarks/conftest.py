@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of this library")
     group.addoption(
         "--preset", choices=PRESETS, default="quick", type=lambda name: ALSO.get(name, name),
-        help="quick or cpu-small: smaller shapes, 20 minutes on two cores; full or cpu: the shapes that the "
-        "bars are set for; tiny: seconds, to try the harness (default: %(default)s)",
+        help="quick or cpu-small: smaller shapes, 20 minutes on two cores; full or cpu: the shapes "
+        "that the bars are set for; tiny: seconds, to try the harness (default: %(default)s)",
     )  # fmt: skip
     group.addoption(
         "--against", type=peers_of, default=BENCH_PEERS, metavar="NAME,NAME",

@@ -907,8 +907,8 @@ class BenchConfig(Config):
     )
     preset: Literal["cpu-small", "cpu", "h200", "quick", "full", "tiny"] = option(
         "cpu-small",
-        help="cpu-small (also quick): smaller shapes, 20 minutes on two cores; cpu (also full): the "
-        "shapes that the bars are set for; h200: a GPU's; tiny: seconds, to try the harness",
+        help="cpu-small (also quick): smaller shapes, 20 minutes on two cores; cpu (also full): "
+        "the shapes that the bars are set for; h200: a GPU's; tiny: seconds, to try the harness",
     )
     against: str | None = option(
         None,
