@@ -287,13 +287,13 @@ def roofline(machine: str, of_kind: Sequence[Results]) -> Picture | None:
     if not ceilings:
         return None
     reached = {name: max(one.get(name, 0) for one in ceilings) for name in ceilings[0]}
+    rows = [row for dtype in ("bf16", "fp32") for row in full_rows(of_kind, dtype)]
     points: dict[str, list[list[float]]] = {}
-    for dtype in reached.keys() - {"copy"}:
-        for row in full_rows(of_kind, dtype) or [r for o in of_kind for r in o.rows]:
-            work, moved = flops(row), least_bytes(row)
-            if work and moved and row.dtype == dtype:
-                point = [work / moved, work / row.median_s]
-                points.setdefault(f"{row.room}, {dtype}", []).append(point)
+    for row in rows or [row for one in of_kind for row in one.rows]:
+        work, moved = flops(row), least_bytes(row)
+        if work and moved and row.dtype in reached:
+            point = [work / moved, work / row.median_s]
+            points.setdefault(f"{row.room}, {row.dtype}", []).append(point)
     return points and Picture(
         file_name("roofline", machine),
         f"Roofline: {machine}",
