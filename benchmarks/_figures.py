@@ -6,7 +6,6 @@ so that a test can tell when it is out of date whatever matplotlib drew it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -24,6 +23,7 @@ from benchmarks._bars import DROPOUT, ONE_LENGTH, TRAIN
 from benchmarks._limits import flops, least_bytes, rates
 from benchmarks._results import PHASES, Results, Row, kind_of, multiplies_bf16
 from benchmarks._targets import kinds
+from perl.drawings import is_marked, numbers_mark
 
 # light -> dark; the ink, the faint lines, then what is drawn
 COLOURS = {
@@ -53,10 +53,6 @@ class Picture:
     draw: Callable[[Any, Any], None]  # (data, matplotlib's Figure)
     size: tuple[float, float]  # inches
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
-
     def drawn(self, form: str, **options: Any) -> bytes:
         """Needs matplotlib, as all that draws does."""
         import matplotlib
@@ -79,7 +75,7 @@ class Picture:
             for scheme in (0, 1)
         )
         style = (
-            f"<desc>numbers {self.digest}</desc><style>:root{{{light}}}"
+            f"{numbers_mark(json.dumps(self.data))}<style>:root{{{light}}}"
             f"@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
         )
         start = text.index(">", text.index("<svg")) + 1
@@ -94,8 +90,7 @@ class Picture:
 
     def is_drawn_in(self, folder: Path) -> bool:
         """Whether its file there is of the same numbers."""
-        path = folder / f"{self.name}.svg"
-        return path.is_file() and f"<desc>numbers {self.digest}</desc>" in path.read_text("utf-8")
+        return is_marked(folder / f"{self.name}.svg", json.dumps(self.data))
 
 
 def pictures(results: Sequence[Results]) -> list[Picture]:

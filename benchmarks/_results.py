@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from perl.disk import write_whole
 from perl_kernels import _library
 
 FOLDER = Path(__file__).parent / "results"
@@ -118,9 +119,7 @@ class Results:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             paths.append(folder / f"{self.stem}.json")
-            new = folder / f".{self.stem}.new"
-            new.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-            os.replace(new, paths[-1])
+            write_whole(paths[-1], json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         return paths
 
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from perl import config as cfg
 from perl.config import UsageError
+from perl.disk import disk_trouble
 
 # command -> (config, function that does the work, one line of help)
 COMMANDS = {
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        trouble = cfg.disk_trouble(error)
+        trouble = disk_trouble(error)
         if _speaks():
             if trouble is None:
                 raise

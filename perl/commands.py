@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perl.config import UsageError, flag
+from perl.disk import write_whole
 
 
 def words(command: str, **flags: Any) -> list[str]:
@@ -90,9 +90,7 @@ def run_all(
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file; a reader, or a kill, never finds half of it."""
-    new = path.with_name(f".{path.name}")
-    new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _logged(line: list[str], log: Path) -> subprocess.Popen:

@@ -9,12 +9,10 @@ here: `--help` is instant.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import operator
 import os
-import re
 import types
 import typing
 import urllib.parse
@@ -22,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from perl.disk import write_whole
 
 try:
     import tomllib
@@ -43,27 +43,6 @@ class Unfinished(Stopped):
     """Work that cannot go on; the message says why, what of it is kept, and how to go on."""
 
     exit_code = 4
-
-
-_DISK = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR")
-    if hasattr(errno, name)
-}
-
-
-def disk_trouble(error: BaseException | None) -> str | None:
-    """What a disk refused, for one line: room, the right to write; None for any other error.
-
-    Rust's libraries (safetensors, tokenizers) tell the number in their text alone.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(found[1])
-    if number not in _DISK:
-        return None
-    name = getattr(error, "filename", None)
-    return f"the disk refuses {name or 'what is written'}: {os.strerror(number)}"
 
 
 def option(
@@ -1126,15 +1105,12 @@ def write_toml(config: Config, path: str | os.PathLike) -> None:
 
     A file that is there is replaced by a whole one: on a full disk a run keeps its old one.
     """
-    path = Path(path)
     lines = [
         f"{f.name} = {_toml(getattr(config, f.name))}"
         for f in dataclasses.fields(config)
         if f.name != "resume" and getattr(config, f.name) is not None
     ]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(path), "\n".join(lines) + "\n")
 
 
 def _load_resumed(cls: type, flags: dict[str, Any], config_file: str | None) -> Any:

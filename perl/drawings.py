@@ -197,19 +197,23 @@ def write_figure(path: Path, drawings: Sequence[Drawing], columns: int = 3) -> N
         f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
     )
     head = text.index(">", text.index("<svg")) + 1
-    text = f"{text[:head]}{_digest(drawings)}{style}</style>{text[head:]}"
+    text = f"{text[:head]}{numbers_mark(repr(list(drawings)))}{style}</style>{text[head:]}"
     path.write_text(text, encoding="utf-8")
 
 
 def is_drawn(path: Path, drawings: Sequence[Drawing]) -> bool:
     """Whether `write_figure` has written these drawings there."""
-    return path.is_file() and _digest(drawings) in path.read_text(encoding="utf-8")
+    return is_marked(path, repr(list(drawings)))
 
 
-def _digest(drawings: Sequence[Drawing]) -> str:
-    """Of what is drawn, not of the drawing, which differs by matplotlib."""
-    numbers = hashlib.sha256(repr(list(drawings)).encode()).hexdigest()[:16]
-    return f"<desc>numbers {numbers}</desc>"
+def is_marked(path: Path, numbers: str) -> bool:
+    """Whether there is an SVG file of just these numbers, as text."""
+    return path.is_file() and numbers_mark(numbers) in path.read_text(encoding="utf-8")
+
+
+def numbers_mark(numbers: str) -> str:
+    """A digest of what is drawn, not of the drawing, which differs by matplotlib."""
+    return f"<desc>numbers {hashlib.sha256(numbers.encode()).hexdigest()[:16]}</desc>"
 
 
 def colours() -> tuple[str, str]:

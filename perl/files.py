@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from perl.config import Config, Unfinished, UsageError, disk_trouble
+from perl.config import Config, Unfinished, UsageError
+from perl.disk import disk_trouble, write_whole
 from perl.run import Interrupted
 
 
@@ -35,12 +36,7 @@ def new_file(path: str | Path) -> Path:
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """One JSON line for each row; folders above are made."""
     _make(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, "".join(map(_line, rows)))
 
 
 def empty_folder(path: str | Path) -> Path:
@@ -125,9 +121,7 @@ class GrowingRows:
 
     def __enter__(self) -> GrowingRows:
         _make(self.folder)
-        temporary = self.folder / ".settings.json"
-        temporary.write_text(self._given, encoding="utf-8")
-        os.replace(temporary, self._settings)
+        write_whole(self._settings, self._given)
         self._file = open(self._rows, "ab")
         self._file.truncate(self._whole)  # without the line that a kill tore
         return self

@@ -53,9 +53,9 @@ from perl.config import (
     TrainConfig,
     Unfinished,
     UsageError,
-    disk_trouble,
     write_toml,
 )
+from perl.disk import disk_trouble, write_whole
 from perl.progress import progress
 
 
@@ -443,9 +443,7 @@ def _cut_behind(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             break
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, b"".join(kept).decode())
 
 
 def _sync(path: Path) -> None:
